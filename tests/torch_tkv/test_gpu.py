@@ -1,0 +1,96 @@
+"""The operators on a GPU: against the CPU reference, inside CUDA graphs, under debug asserts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from paged import make_batch, make_caches
+
+import torch_tkv
+
+pytestmark = pytest.mark.gpu
+
+
+def test_the_operators_give_on_a_gpu_what_they_give_on_a_cpu() -> None:
+    caches = make_caches("NHD", 9, 16, 2, 32)
+    on_gpu = [cache.cuda() for cache in caches]
+    key, value = torch.randn(2, 21, 2, 32)
+    slots = torch.randperm(9 * 16)[:20]
+    slots[3] = -1
+    torch_tkv.reshape_and_cache(key, value, *caches, slots)
+    torch_tkv.reshape_and_cache(key.cuda(), value.cuda(), *on_gpu, slots.cuda())
+    assert torch.equal(caches[0], on_gpu[0].cpu())
+    assert torch.equal(caches[1], on_gpu[1].cpu())
+    batch = make_batch([5, 33, 20], [1, 4, 20], heads=(8, 2), head_size=32, padding=1)
+    on_cpu, on_gpu = (torch_tkv.paged_attention(*b) for b in (batch, batch.to("cuda")))
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-5, atol=1e-5)
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    batch = make_batch([5], [1]).to("cuda")
+    with pytest.raises(ValueError, match="seq_lens must be on cuda:0 like the first, got one on c"):
+        torch_tkv.paged_attention(*batch._replace(seq_lens=batch.seq_lens.cpu()))
+
+
+def captured(function, *args):
+    """Warm up, capture and return the graph and what it returns."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function(*args)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function(*args)
+    return graph, out
+
+
+def test_a_captured_write_replays_with_other_slots_and_other_contents() -> None:
+    caches = make_caches("HND", 9, 16, 2, 32, dtype=torch.bfloat16, device="cuda")
+    key, value = torch.randn(2, 21, 2, 32, device="cuda").bfloat16()
+    slots = torch.arange(21, device="cuda")
+    graph, _ = captured(torch_tkv.reshape_and_cache, key, value, *caches, slots)
+    for _ in range(20):
+        key.normal_()
+        value.normal_()
+        slots.copy_(torch.randperm(9 * 16, device="cuda")[:21])
+        slots[torch.randint(21, (3,))] = -1
+        expected = [cache.clone() for cache in caches]
+        torch_tkv.reshape_and_cache(key, value, *expected, slots)
+        graph.replay()
+        assert torch.equal(caches[0], expected[0])
+        assert torch.equal(caches[1], expected[1])
+
+
+def test_captured_attention_replays_with_other_lengths_and_other_blocks() -> None:
+    batch = make_batch([70, 70, 70, 70], [3, 3, 3, 3]).to("cuda")
+    caches = [torch.randn_like(cache) for cache in batch[1:3]]
+    batch = batch._replace(key_cache=caches[0], value_cache=caches[1])
+    graph, out = captured(torch_tkv.paged_attention, *batch)
+    for _ in range(20):
+        batch.query.normal_()
+        blocks = torch.randint(caches[0].shape[0], batch.block_table.shape)
+        batch.block_table.copy_(blocks)
+        batch.seq_lens.copy_(torch.randint(90, (4,)))
+        batch.query_start_loc[1:] = torch.randint(4, (4,)).cumsum(0)
+        graph.replay()
+        assert torch.equal(out, torch_tkv.paged_attention(*batch))
+
+
+def test_debug_mode_turns_a_slot_outside_the_cache_into_a_device_assert() -> None:
+    code = (
+        "import torch, torch_tkv; x = torch.randn(1, 1, 16, device='cuda'); "
+        "cache = torch.zeros(2, 4, 1, 16, device='cuda'); "
+        "torch_tkv.reshape_and_cache(x, x, cache, cache.clone(), torch.tensor([8], device='cuda'));"
+        "torch.cuda.synchronize(); print('dropped')"
+    )
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "dropped\n"
+    env = os.environ | {"TKV_DEBUG": "1"}
+    debugged = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert debugged.returncode != 0
+    assert "a slot lies outside the cache" in debugged.stderr
