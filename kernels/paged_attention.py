@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torch_tkv.kernels.launcher import Launch
+
 # Note [Query tiles of a ragged batch]
 # The grid may depend on shapes only, so which sequence a tile belongs to is found on the device.
 # With Q queries a tile, sequence b owns the tiles from query_start_loc[b] // Q + b on. It needs
@@ -28,6 +30,7 @@ from torch import Tensor
 def _find_sequence(
     tile,
     query_start_loc,  # [B + 1]
+    stride,
     num_seqs,
     num_tokens,
     BLOCK_Q: tl.constexpr,
@@ -37,11 +40,12 @@ def _find_sequence(
     seq = -1
     for first in range(0, num_seqs + 1, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B)
-        start = tl.load(query_start_loc + b, mask=b <= num_seqs, other=num_tokens)
+        start = tl.load(query_start_loc + b * stride, mask=b <= num_seqs, other=num_tokens)
         seq += tl.sum(((start // BLOCK_Q + b <= tile) & (b <= num_seqs)).to(tl.int32))
     seq = tl.maximum(seq, 0)
-    start = tl.load(query_start_loc + seq)
-    stop = tl.load(query_start_loc + seq + 1, mask=seq < num_seqs, other=num_tokens)
+    start = tl.load(query_start_loc + seq * stride)
+    next_start = query_start_loc + (seq + 1) * stride
+    stop = tl.load(next_start, mask=seq < num_seqs, other=num_tokens)
     # Indices may hold anything: rows outside the query are not touched.
     start = tl.minimum(tl.maximum(start, 0), num_tokens).to(tl.int32)
     stop = tl.minimum(tl.maximum(stop, 0), num_tokens).to(tl.int32)
@@ -96,6 +100,7 @@ def _paged_attention(
     block_table_stride_b,
     block_table_stride_n,
     seq_lens_stride,
+    query_start_loc_stride,
     num_seqs,  # B
     num_tokens,  # T
     num_blocks,  # N
@@ -115,7 +120,9 @@ def _paged_attention(
 ):
     kv_head = tl.program_id(0)
     tile = tl.program_id(1)
-    seq, start, stop = _find_sequence(tile, query_start_loc, num_seqs, num_tokens, BLOCK_Q, BLOCK_B)
+    seq, start, stop = _find_sequence(
+        tile, query_start_loc, query_start_loc_stride, num_seqs, num_tokens, BLOCK_Q, BLOCK_B
+    )
     first = (tile - (start // BLOCK_Q + seq)) * BLOCK_Q  # of the tile's queries, in its sequence
     if (first >= stop - start) | (first < 0):
         return
@@ -211,7 +218,7 @@ def plan(
     return Plan(grid, block_b, block_q, block_m, block_n, block_d, block_dv, 4, 2)
 
 
-def launch(
+def prepare(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -221,8 +228,8 @@ def launch(
     scale: float,
     *,
     causal: bool = True,
-) -> Tensor:
-    """Launch attention on the device of `query`; arguments as in `torch_tkv.paged_attention`."""
+) -> Launch:
+    """Describe the launch of attention; arguments as in `torch_tkv.paged_attention`."""
     tokens, heads, head_size = query.shape
     num_blocks, block_size, kv_heads, value_size = value_cache.shape
     out = query.new_empty(tokens, heads, value_size)
@@ -236,17 +243,25 @@ def launch(
         value_size=value_size,
         bits=query.element_size() * 8,
     )
-    if tokens == 0:
-        return out
     precision = "ieee" if query.dtype == torch.float32 else "tf32"
-    with torch.cuda.device_of(query):
-        _paged_attention[grid](
-            out, query, key_cache, value_cache, block_table, seq_lens, query_start_loc.contiguous(),
-            scale * math.log2(math.e), *query.stride()[:2],
-            *key_cache.stride()[:3], *value_cache.stride()[:3],
-            *block_table.stride(), seq_lens.stride(0),
-            seqs, tokens, num_blocks, block_table.shape[1],
-            block_size, group, head_size, value_size, causal, precision, *blocks,
-            num_warps=num_warps, num_stages=num_stages,
-        )  # fmt: skip
-    return out
+    return Launch(
+        _paged_attention,
+        grid if tokens else (0,),
+        (out, query, key_cache, value_cache, block_table, seq_lens, query_start_loc),
+        (
+            scale * math.log2(math.e),
+            *query.stride()[:2],
+            *key_cache.stride()[:3],
+            *value_cache.stride()[:3],
+            *block_table.stride(),
+            seq_lens.stride(0),
+            query_start_loc.stride(0),
+            seqs,
+            tokens,
+            num_blocks,
+            block_table.shape[1],
+        ),
+        (block_size, group, head_size, value_size, causal, precision, *blocks),
+        {"num_warps": num_warps, "num_stages": num_stages},
+        out,
+    )

@@ -6,6 +6,7 @@ from paged import HAS_BF16_DOT, LAYOUTS, Batch, assert_as_accurate, make_batch
 
 from torch_tkv import reference
 from torch_tkv.kernels import paged_attention as kernel
+from torch_tkv.kernels.launcher import run
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -22,10 +23,14 @@ DTYPES = [
 MIXED = ([5, 33, 20, 0, 70], [1, 4, 0, 0, 40])
 
 
+def launch(*args, **kwargs):
+    return run(kernel.prepare(*args, **kwargs))
+
+
 def assert_kernel_is_as_accurate_as_reference(
     batch: Batch, device: str, *, scale: float = 0.2, causal: bool = True
 ) -> None:
-    out = kernel.launch(*batch.to(device), scale, causal=causal)
+    out = launch(*batch.to(device), scale, causal=causal)
     expected = reference.paged_attention(*batch, scale, causal=causal)
     exact = reference.paged_attention(*batch.double(), scale, causal=causal)
     assert out.dtype == batch.query.dtype
@@ -85,9 +90,9 @@ def test_many_sequences_find_their_tiles(device: str) -> None:
 
 def test_an_empty_batch_and_an_empty_query_give_empty_or_zero_outputs(device: str) -> None:
     batch = make_batch([], []).to(device)
-    assert kernel.launch(*batch, 1.0).shape == (0, 4, 16)
+    assert launch(*batch, 1.0).shape == (0, 4, 16)
     padded = batch._replace(query=torch.randn(5, 4, 16, device=device))
-    assert (kernel.launch(*padded, 1.0) == 0).all()
+    assert (launch(*padded, 1.0) == 0).all()
 
 
 def test_large_scores_do_not_overflow(device: str) -> None:
@@ -107,13 +112,13 @@ def test_garbage_indices_read_nothing_outside_the_caches(device: str, garbage: i
     caches = [guard[n : 2 * n] for guard in guarded]
     wild = torch.full_like(batch.block_table, n if garbage == 9 else garbage)
     table = torch.where(torch.rand(wild.shape, device=device) < 0.5, wild, batch.block_table)
-    out = kernel.launch(batch.query, *caches, table, *batch[4:], 0.2)
+    out = launch(batch.query, *caches, table, *batch[4:], 0.2)
     assert not out.isnan().any()
     for indices in (torch.full_like(batch.seq_lens, garbage), batch.seq_lens):
         starts = torch.full_like(batch.query_start_loc, garbage)
-        kernel.launch(batch.query, *caches, table, indices, starts, 0.2)
+        launch(batch.query, *caches, table, indices, starts, 0.2)
     lens = torch.full_like(batch.seq_lens, garbage)
-    assert not kernel.launch(batch.query, *caches, table, lens, batch[5], 0.2).isnan().any()
+    assert not launch(batch.query, *caches, table, lens, batch[5], 0.2).isnan().any()
 
 
 def test_the_plan_packs_a_group_of_heads_into_the_rows_of_a_tile() -> None:

@@ -1,4 +1,4 @@
-"""Compile, without a GPU, exactly what the kernels' `launch` functions would run.
+"""Compile, without a GPU, exactly what the kernels' `prepare` functions describe.
 
 `python compile_only.py <target>` sends launches on meta tensors to Triton's compiler for the named
 target and prints one JSON object a launch. It is a program of its own because tests without a GPU
@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from torch_tkv.kernels import paged_attention, reshape_and_cache
+from torch_tkv.kernels.launcher import run
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -80,13 +81,13 @@ def launches() -> Iterator[str]:
                 torch.empty(9, 16, heads, d, dtype=dtype, device="meta") for d in (size, value_size)
             ]
             slots = torch.empty(7, dtype=torch.int64, device="meta")
-            reshape_and_cache.launch(*kv, *caches, slots)
+            run(reshape_and_cache.prepare(*kv, *caches, slots))
             yield f"reshape_and_cache {name}"
             table = torch.empty(7, 4, dtype=torch.int32, device="meta")
             starts = torch.empty(8, dtype=torch.int32, device="meta")
             for tokens, form in ((7, "decode"), (700, "prefill")):
                 query = torch.empty(tokens, 4 * heads, size, dtype=dtype, device="meta")
-                paged_attention.launch(query, *caches, table, starts[1:], starts, 0.1)
+                run(paged_attention.prepare(query, *caches, table, starts[1:], starts, 0.1))
                 yield f"paged_attention {form} {name}"
 
 

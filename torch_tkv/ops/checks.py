@@ -70,13 +70,14 @@ class Checker:
             ok = tensor.device == device
             self.require(ok, argument, f"on {device} like the first", f"one on {tensor.device}")
 
-    def no_autograd(self, *tensors: Tensor) -> None:
-        """Raise where autograd would record the call: the operators have no backward."""
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            raise NotImplementedError(
-                f"{self.function}: there is no backward; detach the inputs, or call it under "
-                "torch.no_grad() or torch.inference_mode()"
-            )
+
+def refuse_autograd(function: str, args: Sequence[object]) -> None:
+    """Raise where autograd would record the call: the operators have no backward."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        raise NotImplementedError(
+            f"{function}: there is no backward; detach the inputs, or call it under "
+            "torch.no_grad() or torch.inference_mode()"
+        )
 
 
 def _describe(value: object) -> str:

@@ -1,11 +1,12 @@
 """The `tkv` operator library: an operator is its schema, its checks and a stem.
 
-The stem names the rest: `torch_tkv.reference.<stem>` runs on CPU tensors, the `launch` of
-`torch_tkv.kernels.<stem>` on CUDA and ROCm tensors.
+The stem names the rest: `torch_tkv.reference.<stem>` runs on CPU tensors, what the `prepare` of
+`torch_tkv.kernels.<stem>` describes is launched on CUDA and ROCm tensors.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from torch_tkv import reference
+from torch_tkv.ops.checks import refuse_autograd
 
 # A Library deregisters its operators when it is collected: this reference keeps them alive.
 _LIBRARY = torch.library.Library("tkv", "FRAGMENT")
@@ -33,7 +35,8 @@ def define(
 
     Args:
         schema: stem and arguments, with every mutation declared.
-        check: raises for shapes, dtypes, strides and devices that do not fit; runs everywhere.
+        check: raises for shapes, dtypes, strides and devices that do not fit; runs everywhere, on a
+            GPU once for all calls that agree in these.
         check_indices: raises for indices out of range; runs on CPU, where values can be read.
         fake: returns outputs of the right shape and dtype for fake tensors.
     """
@@ -41,15 +44,25 @@ def define(
     run_reference = getattr(reference, stem)
 
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        refuse_autograd(stem, args)
         check(*args, **kwargs)
         check_indices(*args, **kwargs)
         return run_reference(*args, **kwargs)
 
+    @functools.cache
+    def launcher() -> Callable[..., Any]:
+        # Imported by the first call, because importing torch_tkv loads no Triton.
+        from torch_tkv.kernels.launcher import Launcher
+
+        return Launcher(importlib.import_module(f"torch_tkv.kernels.{stem}").prepare, check)
+
     def on_cuda(*args: Any, **kwargs: Any) -> Any:
-        check(*args, **kwargs)
-        return importlib.import_module(f"torch_tkv.kernels.{stem}").launch(*args, **kwargs)
+        if torch.is_grad_enabled():
+            refuse_autograd(stem, args)
+        return launcher()(*args, **kwargs)
 
     def on_fake(*args: Any, **kwargs: Any) -> Any:
+        refuse_autograd(stem, args)
         check(*args, **kwargs)
         return fake(*args, **kwargs)
 

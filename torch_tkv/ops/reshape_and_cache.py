@@ -78,7 +78,6 @@ def _check(
     require(ok, "value_cache", f"[N, P, Hkv, Dv = {value_size}] like value", value_cache)
     ok = slot_mapping.shape[0] <= tokens
     require(ok, "slot_mapping", f"no longer than the {tokens} tokens of key", slot_mapping)
-    _checker.no_autograd(key, value, key_cache, value_cache)
 
 
 def _check_indices(

@@ -1,0 +1,152 @@
+"""Launch Triton kernels at a fraction of the host cost of Triton's own launch."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+# Note [Launching by signature]
+# Triton's launch binds and specialises every argument anew: each pointer's alignment, each integer
+# being 1 or a multiple of 16, each constexpr. What `prepare` makes of a call, checks included, and
+# what Triton makes of that depend on nothing but the call's signature: dtype, shape, strides,
+# device and alignment of its tensors, and its other arguments. So the first call of a signature
+# goes through Triton, which returns the compiled kernel; later calls launch that kernel with the
+# arguments of the first, but for the pointers. No kernel chooses a key of its own.
+
+# What CompiledKernel.run takes is private to Triton; these versions were tried.
+_KNOWN_TRITONS = ("3.6", "3.7", "3.8", "3.9")
+# Signatures a launcher remembers; a prompt length, say, makes one each.
+_MAX_SIGNATURES = 4096
+
+
+class Launch(NamedTuple):
+    """One kernel launch: `kernel[grid](*tensors, *scalars, *constexprs, **options)`."""
+
+    kernel: JITFunction[Any]
+    grid: tuple[int, ...]
+    tensors: tuple[Tensor | None, ...]
+    scalars: tuple[int | float, ...]
+    constexprs: tuple[Any, ...]
+    options: Mapping[str, Any]
+    out: Tensor | None = None  # that one of `tensors` which the call allocated, and returns
+
+
+def run(launch: Launch) -> Tensor | None:
+    """Launch through Triton and return the output."""
+    _run(launch)
+    return launch.out
+
+
+def _run(launch: Launch) -> Any:
+    """Launch through Triton and return the compiled kernel, None where there was nothing to do."""
+    if 0 in launch.grid:
+        return None
+    args = (*launch.tensors, *launch.scalars, *launch.constexprs)
+    with torch.cuda.device_of(next(t for t in launch.tensors if t is not None)):
+        return launch.kernel[launch.grid](*args, **launch.options)
+
+
+class Launcher:
+    """Calls `prepare` once a signature, and launches what it described from then on.
+
+    Args:
+        prepare: from the operator's arguments to a `Launch`, a function of their signature.
+        check: raises for arguments that do not fit, a function of their signature too.
+    """
+
+    def __init__(self, prepare: Callable[..., Launch], check: Callable[..., None]) -> None:
+        self._prepare, self._check = prepare, check
+        self._bound: dict[Any, _BoundLaunch] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        signature = _signature(args, kwargs)
+        bound = self._bound.get(signature)
+        if bound is not None and not _is_hooked(bound.kernel):
+            return bound(args)
+        self._check(*args, **kwargs)
+        launch = self._prepare(*args, **kwargs)
+        compiled = _run(launch)
+        if compiled is not None and _knows_triton():
+            if len(self._bound) >= _MAX_SIGNATURES:
+                self._bound.clear()
+            self._bound[signature] = _BoundLaunch(launch, compiled, args)
+        return launch.out
+
+
+class _BoundLaunch:
+    """A compiled kernel with all its arguments but the pointers."""
+
+    def __init__(self, launch: Launch, compiled: Any, args: tuple[Any, ...]) -> None:
+        self.kernel, self._run = launch.kernel, compiled.run
+        self._device = next(t for t in launch.tensors if t is not None).get_device()
+        self._grid = (*launch.grid, 1, 1)[:3]
+        # The hooks and their metadata are None: a hooked launch goes through Triton.
+        self._function = (compiled.function, compiled.packed_metadata, None, None, None)
+        self._rest = (*launch.scalars, *launch.constexprs)
+        self._out: tuple[torch.Size, torch.dtype, torch.device] | None = None
+        if launch.out is not None:
+            self._out = (launch.out.shape, launch.out.dtype, launch.out.device)
+        # Where each kernel pointer comes from: an argument, the output or nothing.
+        given = (*args, launch.out, None)
+        self._sources = [_index(given, tensor) for tensor in launch.tensors]
+
+    def __call__(self, args: tuple[Any, ...]) -> Tensor | None:
+        out = None
+        if self._out is not None:
+            shape, dtype, device = self._out
+            out = torch.empty(shape, dtype=dtype, device=device)
+        given = (*args, out, None)
+        pointers = [t if (t := given[i]) is None else t.data_ptr() for i in self._sources]
+        if torch._C._cuda_getDevice() == self._device:
+            self._launch(pointers)
+        else:
+            with torch.cuda.device(self._device):
+                self._launch(pointers)
+        return out
+
+    def _launch(self, pointers: list[int | None]) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        self._run(*self._grid, stream, *self._function, *pointers, *self._rest)
+
+
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    described = [
+        (a.dtype, a.shape, a.stride(), a.get_device(), a.data_ptr() % 16)
+        if isinstance(a, Tensor)
+        else a
+        for a in args
+    ]
+    return (*described, *kwargs.items())
+
+
+def _index(given: tuple[Any, ...], tensor: Tensor | None) -> int:
+    return next(i for i, candidate in enumerate(given) if candidate is tensor)
+
+
+def _is_hooked(kernel: JITFunction[Any]) -> bool:
+    """Return whether somebody, a profiler say, wants to see the launches of `kernel`."""
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return any(getattr(hook, "calls", hook) for hook in hooks) or bool(kernel.pre_run_hooks)
+
+
+@functools.cache
+def _knows_triton() -> bool:
+    """Return whether compiled kernels may be launched directly; warn once where not."""
+    if torch.version.hip is not None:
+        return False
+    known = triton.__version__.startswith(tuple(f"{version}." for version in _KNOWN_TRITONS))
+    if not known:
+        warnings.warn(
+            f"torch_tkv launches its kernels directly with Triton {', '.join(_KNOWN_TRITONS)}; "
+            f"with {triton.__version__} it uses Triton's own launch, which costs the host more",
+            stacklevel=2,
+        )
+    return known

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import triton
+from paged import make_caches
+
+from torch_tkv import reference
+from torch_tkv.kernels import launcher, paged_attention, reshape_and_cache
+from torch_tkv.kernels.launcher import Launcher
+
+
+def accept(*args, **kwargs) -> None:
+    """Check nothing."""
+
+
+@pytest.fixture
+def write() -> Launcher:
+    return Launcher(reshape_and_cache.prepare, accept)
+
+
+def arguments(tokens: int = 5, offset: int = 0, device: str = "cuda") -> list[torch.Tensor]:
+    """Return arguments of a write whose key starts `offset` elements into its storage."""
+    key, value = torch.randn(2, tokens * 48 + 8, device=device)
+    caches = make_caches("NHD", 6, 8, 3, 16, device=device)
+    slots = torch.randperm(48, device=device)[:tokens]
+    key = key[offset : offset + tokens * 48].view(tokens, 3, 16)
+    return [key, value[: tokens * 48].view(tokens, 3, 16), *caches, slots]
+
+
+def assert_writes(write: Launcher, *, times: int = 3, **options) -> None:
+    for _ in range(times):
+        args = arguments(**options)
+        expected = [cache.clone() for cache in args[2:4]]
+        reference.reshape_and_cache(args[0], args[1], *expected, args[4])
+        write(*args)
+        assert torch.equal(args[2], expected[0])
+        assert torch.equal(args[3], expected[1])
+
+
+@pytest.fixture
+def triton_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that go through Triton's own launch."""
+    launches = []
+    run = launcher._run
+
+    def record(launch: launcher.Launch) -> object:
+        launches.append(launch.kernel.__name__)
+        return run(launch)
+
+    monkeypatch.setattr(launcher, "_run", record)
+    return launches
+
+
+@pytest.mark.gpu
+def test_a_signature_goes_through_triton_once(write: Launcher, triton_launches: list[str]) -> None:
+    assert_writes(write)
+    assert len(triton_launches) == 1
+    assert_writes(write, tokens=7)
+    assert len(triton_launches) == 2
+
+
+@pytest.mark.gpu
+def test_a_misaligned_view_is_another_signature(
+    write: Launcher, triton_launches: list[str]
+) -> None:
+    for offset in (0, 1, 4, 0, 1):
+        assert_writes(write, offset=offset)
+    assert len(triton_launches) == 2  # 4 floats are 16 bytes
+
+
+@pytest.mark.gpu
+def test_sizes_of_one_and_multiples_of_sixteen_are_told_apart(write: Launcher) -> None:
+    for tokens in (1, 16, 17, 32, 1, 16):
+        assert_writes(write, tokens=tokens)
+
+
+@pytest.mark.gpu
+def test_arguments_are_checked_before_the_first_launch_of_a_signature() -> None:
+    checked = []
+
+    def check(*args, **kwargs) -> None:
+        checked.append(args[4].dtype)
+        if args[4].dtype == torch.float32:
+            raise TypeError("slots")
+
+    write = Launcher(reshape_and_cache.prepare, check)
+    assert_writes(write)
+    args = arguments()
+    for _ in range(2):
+        with pytest.raises(TypeError, match="slots"):
+            write(*args[:4], args[4].float())
+    assert checked == [torch.int64, torch.float32, torch.float32]
+
+
+@pytest.mark.gpu
+def test_threads_on_their_own_streams_do_not_disturb_each_other(write: Launcher) -> None:
+    failures = []
+
+    def work(tokens: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                assert_writes(write, times=50, tokens=tokens)
+        except Exception as failure:  # pytest sees no exception of another thread
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work, args=(tokens,)) for tokens in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.gpu
+def test_a_known_signature_is_captured_and_every_output_is_its_own(
+    triton_launches: list[str],
+) -> None:
+    attend = Launcher(paged_attention.prepare, accept)
+    cache = torch.randn(4, 16, 2, 16, device="cuda")
+    query = torch.randn(2, 4, 16, device="cuda")
+    table = torch.tensor([[0, 1], [2, 3]], device="cuda")
+    indices = (table, torch.tensor([20, 7], device="cuda"), torch.arange(3, device="cuda"))
+    first = attend(query, cache, cache, *indices, 0.3)
+    second = attend(query, cache, cache, *indices, 0.3)
+    assert torch.equal(first, second)
+    assert first.data_ptr() != second.data_ptr()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend(query, cache, cache, *indices, 0.3)
+    query.normal_()
+    graph.replay()
+    assert torch.equal(captured, attend(query, cache, cache, *indices, 0.3))
+    assert len(triton_launches) == 1
+
+
+@pytest.mark.gpu
+def test_launch_hooks_see_every_launch(write: Launcher) -> None:
+    seen = []
+    hooks = triton.knobs.runtime.launch_enter_hook
+    assert_writes(write)
+
+    def hook(metadata) -> None:
+        seen.append(metadata.get()["name"])
+
+    hooks.add(hook)
+    try:
+        assert_writes(write, times=3)
+    finally:
+        hooks.remove(hook)
+    assert seen == ["_reshape_and_cache"] * 3
+
+
+@pytest.mark.gpu
+def test_remembered_signatures_stay_few(write: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_MAX_SIGNATURES", 4)
+    for tokens in range(1, 11):
+        assert_writes(write, tokens=tokens)
+        assert len(write._bound) <= 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_each_device_has_its_own_kernel_and_stream(write: Launcher) -> None:
+    for device in ("cuda:0", "cuda:1", "cuda:0", "cuda:1"):
+        assert_writes(write, device=device)
+    assert torch.cuda.current_device() == 0
+
+
+def test_an_unknown_triton_keeps_its_own_launch_and_says_so_once(
+    device: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(triton, "__version__", "4.0.0")
+    launcher._knows_triton.cache_clear()
+    try:
+        monkeypatch.setattr(launcher, "_run", lambda launch: object())
+        write = Launcher(reshape_and_cache.prepare, accept)
+        for _ in range(3):
+            write(*arguments(device=device))
+        assert not write._bound
+        said = [str(w.message) for w in recwarn if "torch_tkv launches" in str(w.message)]
+        assert len(said) == 1
+        assert "with 4.0.0 it uses Triton's own launch" in said[0]
+    finally:
+        launcher._knows_triton.cache_clear()
