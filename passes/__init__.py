@@ -1,0 +1,1 @@
+"""Inductor passes; `cache_write` is the first. Importing this package loads no Inductor."""

@@ -1,0 +1,71 @@
+"""Where operators with side effects may be placed in a graph."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from torch_tkv.passes.cache_versions import mutated_arguments
+
+
+class Order:
+    """What must run before what in a graph, with operators still to be placed in it.
+
+    Such an operator is any hashable object, or its node where it is in the graph already. Other
+    nodes that mutate in place stay where they are: nothing is moved across them.
+    """
+
+    def __init__(self, graph: Graph, placing: Collection[Node] = ()) -> None:
+        self._graph = graph
+        self._before: dict[Any, list[Any]] = {}
+        last: list[Node] = []
+        since: list[Node] = []
+        for node in graph.nodes:
+            self._before[node] = [*last]
+            since.append(node)
+            if node not in placing and mutated_arguments(node):
+                self._before[node] += since[:-1]
+                last, since = [node], []
+
+    def allows(self, after: Iterable[Any], before: Iterable[Any]) -> bool:
+        """Whether an operator can run after some items and before others."""
+        todo, goals = [*after], set(before)
+        seen = set(todo)
+        while todo:
+            item = todo.pop()
+            if item in goals:
+                return False
+            new = [x for x in self._predecessors(item) if x not in seen]
+            seen.update(new)
+            todo += new
+        return True
+
+    def place(self, op: object, after: Iterable[Any], before: Iterable[Any]) -> None:
+        """Have `op` run after some items and before others."""
+        self._before.setdefault(op, []).extend(after)
+        for item in before:
+            self._before[item].append(op)
+
+    def sort(self) -> None:
+        """Reorder the graph: a node moves up where something above it has to follow it."""
+        done: dict[Any, None] = {}
+        edges = sum(len(self._predecessors(node)) for node in self._graph.nodes)
+        for node in self._graph.nodes:
+            todo = [node]
+            while todo:
+                missing = [x for x in self._predecessors(todo[-1]) if x not in done]
+                if not missing:
+                    done[todo.pop()] = None
+                todo += reversed(missing)
+                assert len(todo) <= edges + 1, "an operator was placed in a circle"
+        nodes = list(done)
+        for node, following in itertools.pairwise(nodes):
+            if node.next is not following:
+                node.append(following)
+
+    def _predecessors(self, item: Any) -> list[Any]:
+        inputs = item.all_input_nodes if isinstance(item, Node) else []
+        return [*inputs, *self._before.get(item, [])]
