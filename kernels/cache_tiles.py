@@ -20,26 +20,68 @@ def find_slot(
     WRAP: tl.constexpr,
 ):
     """Return the slot of `token`, or -1 where it is not to be written."""
-    slot = tl.load(slot_mapping + token * stride, mask=token < num_mapped, other=-1).to(tl.int64)
+    mapped = token < num_mapped
+    slot = tl.load(slot_mapping + token * stride, mask=mapped, other=-1).to(tl.int64)
     if WRAP:
-        slot = tl.where(slot < 0, slot + num_slots, slot)
+        slot = tl.where(mapped & (slot < 0), slot + num_slots, slot)
     tl.device_assert(slot < num_slots, "slot_mapping: a slot lies outside the cache")
-    return tl.where(slot < num_slots, slot, -1)
+    return tl.where((slot >= 0) & (slot < num_slots), slot, -1)
+
+
+@triton.jit
+def load_rows(
+    rows,  # [T, Hkv, D]
+    token,  # [tokens, 1, 1]
+    head,  # [1, heads, 1]
+    inside,  # [tokens, heads, 1]
+    stride_t,
+    stride_h,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the tile [tokens, heads, BLOCK] of `rows`, zero outside of it."""
+    dim = tl.arange(0, BLOCK)[None, None, :]
+    place = rows + token.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h + dim
+    return tl.load(place, mask=inside & (dim < SIZE), other=0.0)
+
+
+@triton.jit
+def store_rows(
+    x,  # [tokens, heads, dims]
+    cache,  # [N, P, Hkv, D / X, X]
+    slot,  # [tokens, 1, 1], -1 where nothing is to be written
+    head,  # [1, heads, 1]
+    inside,  # [tokens, heads, 1]
+    strides,  # of blocks, slots, heads and chunks of X elements
+    P: tl.constexpr,
+    SIZE: tl.constexpr,
+    X: tl.constexpr,  # None where a head is one chunk
+):
+    """Store a tile that has the dtype of `cache` into its slots."""
+    dim = tl.arange(0, x.shape[2])[None, None, :]
+    row = (slot // P) * strides[0] + (slot % P) * strides[1] + head.to(tl.int64) * strides[2]
+    element = dim
+    if X is not None:
+        element = (dim // X).to(tl.int64) * strides[3] + dim % X
+    tl.store(cache + row + element, x, mask=inside & (slot >= 0) & (dim < SIZE))
 
 
 @triton.jit
 def to_cache(
-    x,  # [heads, dims] float
+    x,  # [..., heads, dims] float
     scale,  # None, or a pointer to float32 [] or [Hkv]
-    scale_stride,  # 0 where all heads share a scale
-    head,  # [heads, 1]
-    inside,  # [heads, 1]
+    scale_stride,  # None or 0 where all heads share a scale
+    head,  # [..., heads, 1]
+    inside,  # [..., heads, 1]
     DTYPE: tl.constexpr,
     SATURATES_AT: tl.constexpr,
 ):
     """Return `x / scale`, saturated, rounded once to the dtype of a cache."""
     if scale is not None:
-        factor = tl.load(scale + head * scale_stride, mask=inside, other=1.0)
+        if scale_stride is None:
+            factor = tl.load(scale)
+        else:
+            factor = tl.load(scale + head * scale_stride, mask=inside, other=1.0)
         x = tl.div_rn(x.to(tl.float32), tl.broadcast_to(factor, x.shape))
     if SATURATES_AT is not None:
         limit: tl.constexpr = SATURATES_AT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ from triton.runtime.jit import JITFunction
 # goes through Triton, which returns the compiled kernel; later calls launch that kernel with the
 # arguments of the first, but for the pointers. No kernel chooses a key of its own.
 
+# TKV_DEBUG=1: an index out of range, else a dropped write or a masked read, is a device assert.
+DEBUG = os.environ.get("TKV_DEBUG", "0") == "1"
+
 # What CompiledKernel.run takes is private to Triton; these versions were tried.
 _KNOWN_TRITONS = ("3.6", "3.7", "3.8", "3.9")
 # Signatures a launcher remembers; a prompt length, say, makes one each.
@@ -36,11 +40,12 @@ class Launch(NamedTuple):
     scalars: tuple[int | float, ...]
     constexprs: tuple[Any, ...]
     options: Mapping[str, Any]
-    out: Tensor | None = None  # that one of `tensors` which the call allocated, and returns
+    # Those of `tensors` which the call allocated, as the operator returns them.
+    out: Tensor | tuple[Tensor, ...] | None = None
 
 
-def run(launch: Launch) -> Tensor | None:
-    """Launch through Triton and return the output."""
+def run(launch: Launch) -> Tensor | tuple[Tensor, ...] | None:
+    """Launch through Triton and return the output or outputs."""
     _run(launch)
     return launch.out
 
@@ -66,12 +71,14 @@ class Launcher:
         self._prepare, self._check = prepare, check
         self._bound: dict[Any, _BoundLaunch] = {}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | None:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...] | None:
         signature = _signature(args, kwargs)
         bound = self._bound.get(signature)
         if bound is not None and not _is_hooked(bound.kernel):
             return bound(args)
         self._check(*args, **kwargs)
+        # One tensor given for two arguments becomes two: the next call may give two.
+        args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         launch = self._prepare(*args, **kwargs)
         compiled = _run(launch)
         if compiled is not None and _knows_triton():
@@ -91,26 +98,29 @@ class _BoundLaunch:
         # The hooks and their metadata are None: a hooked launch goes through Triton.
         self._function = (compiled.function, compiled.packed_metadata, None, None, None)
         self._rest = (*launch.scalars, *launch.constexprs)
-        self._out: tuple[torch.Size, torch.dtype, torch.device] | None = None
-        if launch.out is not None:
-            self._out = (launch.out.shape, launch.out.dtype, launch.out.device)
-        # Where each kernel pointer comes from: an argument, the output or nothing.
-        given = (*args, launch.out, None)
+        outs = launch.out if isinstance(launch.out, tuple) else (launch.out,)
+        self._outs = [
+            functools.partial(torch.empty, out.shape, dtype=out.dtype, device=out.device)
+            for out in outs
+            if out is not None
+        ]
+        self._returns_tuple = isinstance(launch.out, tuple)
+        # Where each kernel pointer comes from: an argument, an output or nothing.
+        given = (*args, *outs, None)
         self._sources = [_index(given, tensor) for tensor in launch.tensors]
 
-    def __call__(self, args: tuple[Any, ...]) -> Tensor | None:
-        out = None
-        if self._out is not None:
-            shape, dtype, device = self._out
-            out = torch.empty(shape, dtype=dtype, device=device)
-        given = (*args, out, None)
+    def __call__(self, args: tuple[Any, ...]) -> Tensor | tuple[Tensor, ...] | None:
+        outs = [empty() for empty in self._outs] if self._outs else ()
+        given = (*args, *outs, None)
         pointers = [t if (t := given[i]) is None else t.data_ptr() for i in self._sources]
         if torch._C._cuda_getDevice() == self._device:
             self._launch(pointers)
         else:
             with torch.cuda.device(self._device):
                 self._launch(pointers)
-        return out
+        if self._returns_tuple:
+            return tuple(outs)
+        return outs[0] if outs else None
 
     def _launch(self, pointers: list[int | None]) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self._device)
@@ -142,7 +152,7 @@ def _knows_triton() -> bool:
     """Return whether compiled kernels may be launched directly; warn once where not."""
     if torch.version.hip is not None:
         return False
-    known = triton.__version__.startswith(tuple(f"{version}." for version in _KNOWN_TRITONS))
+    known: bool = triton.__version__.startswith(tuple(f"{version}." for version in _KNOWN_TRITONS))
     if not known:
         warnings.warn(
             f"torch_tkv launches its kernels directly with Triton {', '.join(_KNOWN_TRITONS)}; "

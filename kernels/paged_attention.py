@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -110,7 +109,6 @@ def _paged_attention(
     D: tl.constexpr,
     DV: tl.constexpr,
     CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -164,7 +162,7 @@ def _paged_attention(
         v = _load_rows(
             values, block, key_position, value_cache_stride_n, value_cache_stride_p, P, DV, BLOCK_DV
         )
-        scores = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
+        scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
         seen = _visible(key_position[None, :], position, end, CAUSAL) & (block >= 0)[None, :]
         scores = tl.where(seen, scores, float("-inf"))
 
@@ -173,7 +171,7 @@ def _paged_attention(
         weights = tl.exp2(scores - shift)
         rescale = tl.exp2(highest - shift)
         total = total * rescale + tl.sum(weights, 1, keep_dims=True)
-        acc = tl.dot(weights.to(v.dtype), v, acc * rescale, input_precision=PRECISION)
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale, input_precision="ieee")
         highest = top
 
     result = acc / tl.where(total == 0.0, 1.0, total)
@@ -243,7 +241,6 @@ def prepare(
         value_size=value_size,
         bits=query.element_size() * 8,
     )
-    precision = "ieee" if query.dtype == torch.float32 else "tf32"
     return Launch(
         _paged_attention,
         grid if tokens else (0,),
@@ -261,7 +258,7 @@ def prepare(
             num_blocks,
             block_table.shape[1],
         ),
-        (block_size, group, head_size, value_size, causal, precision, *blocks),
+        (block_size, group, head_size, value_size, causal, *blocks),
         {"num_warps": num_warps, "num_stages": num_stages},
         out,
     )

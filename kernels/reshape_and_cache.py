@@ -1,58 +1,32 @@
-"""Write keys and values into cache slots: cache[slot // P, slot % P] = row.
+"""Write keys and values into cache slots: cache[slot // P, slot % P] = row / scale.
 
-T tokens, Hkv KV heads, head sizes D (key) and Dv (value), N blocks of P slots. One program moves
-one token's key row or one token's value row, so that even a single token keeps two multiprocessors
-busy, and a row of Hkv * D elements is one tile.
+T tokens, Hkv KV heads, head sizes D (key) and Dv (value), N blocks of P slots. One program moves a
+few heads of a few tokens, of keys or of values or of both. Rows are loaded before it is known
+whether they have a slot: two loads in flight take the time of one.
 """
 
 from __future__ import annotations
 
-import os
+import math
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_tkv.kernels.launcher import Launch
-
-# TKV_DEBUG=1 turns a slot outside the cache from a dropped write into a device assert.
-_DEBUG = os.environ.get("TKV_DEBUG", "0") == "1"
+from torch_tkv.kernels.cache_tiles import SATURATES_AT, find_slot, load_rows, store_rows, to_cache
+from torch_tkv.kernels.launcher import DEBUG, Launch
 
 
-@triton.jit
-def _copy_row(
-    source,  # [T, Hkv, D]
-    cache,  # [N, P, Hkv, D]
-    token,
-    slot,
-    source_stride_t,
-    source_stride_h,
-    cache_stride_n,
-    cache_stride_p,
-    cache_stride_h,
-    P: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    head = tl.arange(0, BLOCK_H)[:, None]
-    dim = tl.arange(0, BLOCK_D)[None, :]
-    inside = (head < HEADS) & (dim < HEAD_SIZE)
-    row = source + token * source_stride_t + head * source_stride_h + dim  # [BLOCK_H, BLOCK_D]
-    x = tl.load(row, mask=inside, other=0.0)
-    place = cache + (slot // P) * cache_stride_n + (slot % P) * cache_stride_p
-    tl.store(place + head * cache_stride_h + dim, x.to(cache.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_mapped", "num_slots"])
 def _reshape_and_cache(
     key,  # [T, Hkv, D]
     value,  # [T, Hkv, Dv]
-    key_cache,  # [N, P, Hkv, D]
-    value_cache,  # [N, P, Hkv, Dv]
+    key_cache,  # [N, P, Hkv, D / X, X]
+    value_cache,  # [N, P, Hkv, Dv / XV, XV]
     slot_mapping,  # [<= T]
+    k_scale,  # None, or float32 [] or [Hkv]
+    v_scale,  # None, or float32 [] or [Hkv]
     key_stride_t,
     key_stride_h,
     value_stride_t,
@@ -60,61 +34,128 @@ def _reshape_and_cache(
     key_cache_stride_n,
     key_cache_stride_p,
     key_cache_stride_h,
+    key_cache_stride_c,
+    value_cache_start,  # where the values are, in a cache that holds both
     value_cache_stride_n,
     value_cache_stride_p,
     value_cache_stride_h,
+    value_cache_stride_c,
     slot_mapping_stride,
+    num_mapped,  # slots in slot_mapping
     num_slots,  # N * P
     P: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    X: tl.constexpr,  # None where it is D
+    XV: tl.constexpr,
+    K_SCALE_STRIDE: tl.constexpr,  # None where all heads share a scale
+    V_SCALE_STRIDE: tl.constexpr,
+    LIMIT: tl.constexpr,  # where key_cache saturates, None where it does not
+    LIMIT_V: tl.constexpr,
     WRAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_mapping + token * slot_mapping_stride).to(tl.int64)
-    if WRAP:
-        slot = tl.where(slot < 0, slot + num_slots, slot)
-    tl.device_assert(slot < num_slots, "reshape_and_cache: a slot lies outside the cache")
-    if (slot >= 0) & (slot < num_slots):
-        if tl.program_id(1) == 0:
-            _copy_row(
-                key, key_cache, token, slot,
-                key_stride_t, key_stride_h,
-                key_cache_stride_n, key_cache_stride_p, key_cache_stride_h,
-                P, HKV, D, BLOCK_H, BLOCK_D,
-            )  # fmt: skip
+    # Slots are loaded in one dimension: in three, each thread would load each once an element.
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    slot = find_slot(slot_mapping, token, slot_mapping_stride, num_mapped, num_slots, WRAP)
+    token, slot = token[:, None, None], slot[:, None, None]
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :, None]
+    is_head = head < HKV
+    inside = (token < num_mapped) & is_head
+    values = value_cache + value_cache_start
+    key_strides = (key_cache_stride_n, key_cache_stride_p, key_cache_stride_h, key_cache_stride_c)
+    value_strides = (
+        value_cache_stride_n, value_cache_stride_p, value_cache_stride_h, value_cache_stride_c,
+    )  # fmt: skip
+    dtype: tl.constexpr = key_cache.dtype.element_ty
+    dtype_v: tl.constexpr = value_cache.dtype.element_ty
+    if SPLIT:
+        if tl.program_id(2) == 0:
+            k = load_rows(key, token, head, inside, key_stride_t, key_stride_h, D, BLOCK_D)
+            k = to_cache(k, k_scale, K_SCALE_STRIDE, head, is_head, dtype, LIMIT)
+            store_rows(k, key_cache, slot, head, inside, key_strides, P, D, X)
         else:
-            _copy_row(
-                value, value_cache, token, slot,
-                value_stride_t, value_stride_h,
-                value_cache_stride_n, value_cache_stride_p, value_cache_stride_h,
-                P, HKV, DV, BLOCK_H, BLOCK_DV,
-            )  # fmt: skip
+            v = load_rows(value, token, head, inside, value_stride_t, value_stride_h, DV, BLOCK_DV)
+            v = to_cache(v, v_scale, V_SCALE_STRIDE, head, is_head, dtype_v, LIMIT_V)
+            store_rows(v, values, slot, head, inside, value_strides, P, DV, XV)
+    else:
+        k = load_rows(key, token, head, inside, key_stride_t, key_stride_h, D, BLOCK_D)
+        v = load_rows(value, token, head, inside, value_stride_t, value_stride_h, DV, BLOCK_DV)
+        k = to_cache(k, k_scale, K_SCALE_STRIDE, head, is_head, dtype, LIMIT)
+        v = to_cache(v, v_scale, V_SCALE_STRIDE, head, is_head, dtype_v, LIMIT_V)
+        store_rows(k, key_cache, slot, head, inside, key_strides, P, D, X)
+        store_rows(v, values, slot, head, inside, value_strides, P, DV, XV)
 
 
 class Plan(NamedTuple):
-    """How to launch: the grid and the tile of one row."""
+    """How to launch: the grid of tokens, heads and sides, and the tile of one program."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, int, int]
+    SPLIT: bool  # keys and values are written by programs of their own
+    BLOCK_T: int
     BLOCK_H: int
     BLOCK_D: int
     BLOCK_DV: int
     num_warps: int
 
 
-def plan(tokens: int, heads: int, head_size: int, value_size: int) -> Plan:
+class _Rung(NamedTuple):
+    max_tokens: float
+    program: int  # elements of a program's tile, where that takes several tokens
+    thread: int  # elements of a thread
+
+
+# Few tokens need every multiprocessor and the shortest way through it; many need few programs.
+# us of 8 x 128 bf16 at 1, 64, 1024, 16384 and 65536 tokens, and of fp8 with a scale at 65536, on
+# one H200 with torch 2.11 and Triton 3.6, 2026-11-21; in the same run two copies of the bytes took
+# 2.2, 2.5, 3.6, 36.5 and 132.5.
+_LADDER = (
+    _Rung(64, 0, 8),  # 1.43, 1.52, 3.06, 35.7, 135.1, 120
+    _Rung(4096, 2048, 16),  # 1.40, 1.47, 3.11, 35.8, 135.4, 107
+    _Rung(math.inf, 1024, 16),  # 1.44, 1.51, 2.84, 35.8, 135.6, 98
+)
+_MAX_TILE = 4096  # elements of one token's rows that a program takes
+
+
+def plan(*, tokens: int, heads: int, head_size: int, value_size: int) -> Plan:
     """Plan the write of `tokens` rows of `heads` x `head_size` and `heads` x `value_size`."""
-    block_h = triton.next_power_of_2(heads)
+    rung = next(rung for rung in _LADDER if tokens <= rung.max_tokens)
     block_d, block_dv = (triton.next_power_of_2(size) for size in (head_size, value_size))
-    elements = block_h * max(block_d, block_dv)
-    # 16 elements a thread: at 65536 tokens of 8 x 128 bf16, 1 and 2 warps take 135.7 us, 4 take 146
-    # and 8 take 187 (one H200, torch 2.11, Triton 3.6, 2026-11-21).
-    num_warps = min(max(elements // (16 * 32), 1), 8)
-    return Plan((tokens, 2), block_h, block_d, block_dv, num_warps)
+    wide = max(block_d, block_dv)
+    block_h = min(triton.next_power_of_2(heads), max(_MAX_TILE // wide, 1))
+    block_t = max(min(rung.program // (block_h * wide), triton.next_power_of_2(tokens)), 1)
+    # A side that is far the narrower, as the rope part of MLA, is not worth its own programs.
+    split = 2 * min(block_d, block_dv) >= wide
+    num_warps = min(max(block_t * block_h * wide // (rung.thread * 32), 1), 8)
+    grid = (triton.cdiv(tokens, block_t), triton.cdiv(heads, block_h), 2 if split else 1)
+    return Plan(grid, split, block_t, block_h, block_d, block_dv, num_warps)
+
+
+class Cache(NamedTuple):
+    """A cache that an operator was given, and its keys or values by block, slot, head and chunk."""
+
+    given: Tensor
+    view: Tensor  # [N, P, Hkv, D / X, X]
+
+    @property
+    def size(self) -> int:
+        """The head size."""
+        return self.view.shape[3] * self.view.shape[4]
+
+    @property
+    def chunk(self) -> int | None:
+        """The elements of a head that lie together, None where it is all of them."""
+        return None if self.view.shape[3] == 1 else self.view.shape[4]
+
+    @property
+    def start(self) -> int:
+        """Where the view starts in what was given: kernels take pointers to arguments only."""
+        return int(self.view.storage_offset() - self.given.storage_offset())
 
 
 def prepare(
@@ -123,25 +164,80 @@ def prepare(
     key_cache: Tensor,
     value_cache: Tensor,
     slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     *,
     wrap: bool = False,
 ) -> Launch:
     """Describe the launch of a write; arguments as in `torch_tkv.reshape_and_cache`."""
-    num_blocks, block_size, heads, head_size = key_cache.shape
-    value_size = value.shape[2]
-    grid, *blocks, num_warps = plan(slot_mapping.shape[0], heads, head_size, value_size)
+    keys, values = (Cache(cache, cache.unsqueeze(3)) for cache in (key_cache, value_cache))
+    return prepare_write(key, value, keys, values, slot_mapping, k_scale, v_scale, wrap)
+
+
+def prepare_write(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Cache,
+    value_cache: Cache,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    wrap: bool,
+) -> Launch:
+    """Describe the launch of a write into caches of any layout."""
+    num_blocks, block_size, heads = key_cache.view.shape[:3]
+    size, value_size = key_cache.size, value_cache.size
+    scale_strides = _scale_stride(k_scale), _scale_stride(v_scale)
+    if (
+        _is_one_row(key, key_cache.view)
+        and _is_one_row(value, value_cache.view)
+        and scale_strides == (None, None)
+        and heads * max(size, value_size) <= _MAX_TILE
+    ):
+        # One head of all elements: its accesses are wide also where a single head's are not.
+        heads, size, value_size = 1, heads * size, heads * value_size
+    tokens = slot_mapping.shape[0]
+    grid, split, *blocks, num_warps = plan(
+        tokens=tokens, heads=heads, head_size=size, value_size=value_size
+    )
     return Launch(
         _reshape_and_cache,
         grid,
-        (key, value, key_cache, value_cache, slot_mapping),
+        (key, value, key_cache.given, value_cache.given, slot_mapping, k_scale, v_scale),
         (
             *key.stride()[:2],
             *value.stride()[:2],
-            *key_cache.stride()[:3],
-            *value_cache.stride()[:3],
+            *key_cache.view.stride()[:4],
+            value_cache.start,
+            *value_cache.view.stride()[:4],
             slot_mapping.stride(0),
+            tokens,
             num_blocks * block_size,
         ),
-        (block_size, heads, head_size, value_size, wrap, *blocks),
-        {"num_warps": num_warps, "debug": _DEBUG},
+        (
+            block_size,
+            heads,
+            size,
+            value_size,
+            key_cache.chunk,
+            value_cache.chunk,
+            *scale_strides,
+            SATURATES_AT.get(key_cache.given.dtype),
+            SATURATES_AT.get(value_cache.given.dtype),
+            wrap,
+            split,
+            *blocks,
+        ),
+        {"num_warps": num_warps, "debug": DEBUG},
     )
+
+
+def _is_one_row(rows: Tensor, cache: Tensor) -> bool:
+    """Return whether the heads of a token adjoin, in `rows` [T, Hkv, D] and in `cache`."""
+    heads, size = rows.shape[1:]
+    adjoin = heads == 1 or rows.stride(1) == cache.stride(2) == size
+    return adjoin and cache.shape[3] == 1
+
+
+def _scale_stride(scale: Tensor | None) -> int | None:
+    return None if scale is None or scale.dim() == 0 else scale.stride(0)

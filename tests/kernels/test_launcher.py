@@ -6,9 +6,10 @@ import pytest
 import torch
 import triton
 from paged import make_caches
+from rope import make_rotation
 
 from torch_tkv import reference
-from torch_tkv.kernels import launcher, paged_attention, reshape_and_cache
+from torch_tkv.kernels import launcher, paged_attention, reshape_and_cache, rotary_embedding
 from torch_tkv.kernels.launcher import Launcher
 
 
@@ -134,6 +135,30 @@ def test_a_known_signature_is_captured_and_every_output_is_its_own(
     graph.replay()
     assert torch.equal(captured, attend(query, cache, cache, *indices, 0.3))
     assert len(triton_launches) == 1
+
+
+@pytest.mark.gpu
+def test_several_outputs_are_allocated_anew_and_returned_in_order(
+    triton_launches: list[str],
+) -> None:
+    rotate = Launcher(rotary_embedding.prepare, accept)
+    kept = []
+    for _ in range(3):
+        kwargs = make_rotation(5, (4, 2), device="cuda")
+        expected = reference.rotary_embedding(**kwargs)
+        kept.append((rotate(*kwargs.values()), expected))
+    assert len(triton_launches) == 1
+    for outs, expected in kept:
+        assert isinstance(outs, tuple)
+        for out, exact in zip(outs, expected, strict=True):
+            assert torch.equal(out, exact)
+
+
+@pytest.mark.gpu
+def test_one_tensor_for_two_arguments_does_not_bind_them_together(write: Launcher) -> None:
+    args = arguments()
+    write(args[0], args[0], *args[2:])
+    assert_writes(write)
 
 
 @pytest.mark.gpu

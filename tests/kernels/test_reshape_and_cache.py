@@ -1,69 +1,98 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from paged import LAYOUTS, clone_storages, make_caches, storage
+from paged import LAYOUTS, make_caches
 from torch import Tensor
+from writes import (
+    FLOATS,
+    FP8S,
+    HAS_GPU,
+    MODEL_DTYPE,
+    assert_writes_as_reference,
+    shuffled_slots,
+    skip_inexact_casts,
+)
 
 from torch_tkv import reference
 from torch_tkv.kernels import reshape_and_cache as kernel
 from torch_tkv.kernels.launcher import run
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def launch(*args, **kwargs):
-    return run(kernel.prepare(*args, **kwargs))
+# tokens, block size, heads, head size, value size
+SIZES = [(0, 8, 3, 16, 16), (1, 8, 13, 46, 46), (33, 8, 13, 46, 46), (33, 8, 3, 80, 24)]
+SIZES += [(33, 8, 8, 128, 128), (70, 1, 1, 16, 16), (9, 5, 40, 128, 128)]
+if HAS_GPU:
+    SIZES += [(1000, 16, 8, d, d) for d in (16, 46, 64, 72, 80, 96, 112, 128, 192, 256)]
+    SIZES += [(1000, 16, heads, 128, 128) for heads in (1, 2, 3, 4, 13, 16, 32, 128)]
+    SIZES += [(1000, block, 8, 128, 128) for block in (1, 8, 32, 64, 256)]
+    SIZES += [(tokens, 16, 8, 128, 128) for tokens in (1, 64, 65, 5000, 20000)]
+    SIZES += [(1000, 16, 8, 192, 128), (1000, 16, 1, 512, 64), (1000, 16, 2, 24, 200)]
 
 
 def assert_kernel_equals_reference(
-    key: Tensor, value: Tensor, caches: tuple[Tensor, Tensor], slots: Tensor, wrap: bool = False
+    key: Tensor, value: Tensor, caches: tuple[Tensor, Tensor], *rest: Tensor | None, **options
 ) -> None:
-    expected = clone_storages(*caches)
-    launch(key, value, *caches, slots, wrap=wrap)
-    reference.reshape_and_cache(key, value, *expected, slots, wrap=wrap)
-    for cache, written in zip(caches, expected, strict=True):
-        torch.testing.assert_close(storage(cache), storage(written), rtol=0, atol=0)
+    rows = (key, value)
+    assert_writes_as_reference(kernel, reference.reshape_and_cache, rows, caches, *rest, **options)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tokens", [0, 1, 33])
 @pytest.mark.parametrize(
-    ("heads", "head_size", "value_size"), [(1, 16, 16), (13, 46, 46), (3, 80, 24), (8, 128, 128)]
+    ("layout", "sizes"),
+    [
+        (layout, sizes)
+        for layout, sizes in itertools.product(LAYOUTS, SIZES)
+        if sizes[3] == sizes[4] or not layout.startswith("[")
+    ],
 )
 def test_the_kernel_writes_what_the_reference_writes(
-    device: str, layout: str, tokens: int, heads: int, head_size: int, value_size: int
+    device: str, layout: str, sizes: tuple[int, ...]
 ) -> None:
-    if layout.startswith("[") and head_size != value_size:
-        pytest.skip("one tensor of K and V has one head size")
-    caches = make_caches(layout, 6, 8, heads, head_size, value_size, device=device)
-    kv = torch.randn(tokens, heads, head_size + value_size, device=device)
-    slots = torch.randperm(48, device=device)[:tokens]
-    slots[1::5] = -1
-    assert_kernel_equals_reference(*kv.split((head_size, value_size), -1), caches, slots)
+    tokens, block_size, heads, head_size, value_size = sizes
+    blocks = tokens // block_size + 6
+    caches = make_caches(
+        layout, blocks, block_size, heads, head_size, value_size, dtype=MODEL_DTYPE, device=device
+    )
+    qkv = torch.randn(tokens, heads, head_size + value_size + 7, device=device).to(MODEL_DTYPE)
+    key, value, _ = qkv.split((head_size, value_size, 7), -1)
+    slots = shuffled_slots(tokens, blocks * block_size, device)
+    assert_kernel_equals_reference(key, value, caches, slots)
+    assert_kernel_equals_reference(key.contiguous(), value.contiguous(), caches, slots.flip(0))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("cache_dtype", FLOATS)
-def test_every_pair_of_dtypes_is_rounded_as_the_reference_rounds(
-    device: str, dtype: torch.dtype, cache_dtype: torch.dtype
+@pytest.mark.parametrize("cache_dtype", [*FLOATS, *FP8S])
+@pytest.mark.parametrize("scales", ["none", "one", "one a head", "one for keys"])
+def test_every_pair_of_dtypes_is_divided_and_rounded_as_the_reference_does(
+    device: str, dtype: torch.dtype, cache_dtype: torch.dtype, scales: str
 ) -> None:
-    if cache_dtype is torch.bfloat16 is not dtype and device == "cpu":
-        pytest.skip("Triton's interpreter truncates to bfloat16")
+    skip_inexact_casts(cache_dtype)
     caches = make_caches("NHD", 6, 8, 3, 16, dtype=cache_dtype, device=device)
-    key, value = torch.randn(2, 20, 3, 16, device=device).to(dtype)
-    assert_kernel_equals_reference(key, value, caches, torch.arange(20, device=device))
+    key, value = (100 * torch.randn(2, 20, 3, 16, device=device)).to(dtype)
+    key[0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    k_scale = v_scale = None
+    if scales != "none":
+        k_scale = torch.rand(3, 2, device=device)[:, 0] + 0.1
+        v_scale = None if scales == "one for keys" else torch.rand(3, device=device) + 0.1
+    if scales in ("one", "one for keys"):
+        k_scale, v_scale = (s if s is None else s[0] for s in (k_scale, v_scale))
+    slots = torch.arange(20, device=device)
+    assert_kernel_equals_reference(key, value, caches, slots, k_scale, v_scale)
 
 
 @pytest.mark.parametrize("wrap", [False, True])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_negative_slots_are_skipped_or_wrapped(
-    device: str, wrap: bool, index_dtype: torch.dtype
+    device: str, layout: str, index_dtype: torch.dtype, wrap: bool
 ) -> None:
-    caches = make_caches("HND", 6, 8, 3, 16, device=device)
-    key, value = torch.randn(2, 5, 3, 16, device=device)
+    caches = make_caches(layout, 6, 8, 3, 16, device=device)
+    key, value = torch.randn(2, 100, 3, 16, device=device)
     slots = torch.tensor([-1, 3, -48, 7, -5], dtype=index_dtype, device=device)
-    assert_kernel_equals_reference(key, value, caches, slots, wrap)
+    assert_kernel_equals_reference(key, value, caches, slots, wrap=wrap)
+    skipped = torch.full((100,), -1, dtype=index_dtype, device=device)
+    assert_kernel_equals_reference(key, value, caches, skipped)
 
 
 @pytest.mark.parametrize("wrap", [False, True])
@@ -72,25 +101,119 @@ def test_slots_outside_the_cache_write_nothing_anywhere(device: str, wrap: bool)
     before = guarded.clone()
     key, value = torch.randn(2, 6, 3, 16, device=device)
     slots = torch.tensor([32, -33, 2**40, -(2**62), 2**63 - 1, 47], device=device)
-    launch(key, value, guarded[0, 3:7], guarded[1, 3:7], slots, wrap=wrap)
+    run(kernel.prepare(key, value, guarded[0, 3:7], guarded[1, 3:7], slots, wrap=wrap))
     assert torch.equal(guarded, before)
 
 
-def test_a_strided_slot_mapping_and_a_short_one_are_followed(device: str) -> None:
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_strided_slot_mapping_and_a_short_one_are_followed(device: str, wrap: bool) -> None:
     caches = make_caches("NHD", 6, 8, 3, 16, device=device)
-    key, value = torch.randn(2, 9, 3, 16, device=device)
+    key, value = torch.randn(2, 90, 3, 16, device=device)
     slots = torch.stack((torch.arange(7), torch.full((7,), 40)), dim=1).to(device)[:, 0]
-    assert_kernel_equals_reference(key, value, caches, slots)
+    assert_kernel_equals_reference(key, value, caches, slots, wrap=wrap)
+
+
+def test_k_and_v_of_unlike_layouts_and_dtypes_are_written(device: str) -> None:
+    key_cache, _ = make_caches("HND", 6, 8, 8, 16, dtype=torch.float16, device=device)
+    _, value_cache = make_caches("packed", 6, 8, 8, 40, 24, device=device)
+    key, value = torch.randn(20, 8, 16, device=device), torch.randn(8, 20, 24, device=device)
+    slots = shuffled_slots(20, 48, device)
+    assert_kernel_equals_reference(key, value.transpose(0, 1), (key_cache, value_cache), slots)
 
 
 def test_special_values_are_copied_as_they_are(device: str) -> None:
     caches = make_caches("NHD", 6, 8, 1, 16, device=device)
     key = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0] * 4, device=device).view(1, 1, 16)
-    launch(key, key, *caches, torch.tensor([5], device=device))
+    run(kernel.prepare(key, key, *caches, torch.tensor([5], device=device)))
     assert torch.equal(caches[0][0, 5].view(torch.int32), key[0].view(torch.int32))
 
 
-def test_the_plan_gives_each_row_a_tile_of_powers_of_two() -> None:
-    plan = kernel.plan(1000, 13, 46, 80)
-    assert plan == kernel.Plan((1000, 2), BLOCK_H=16, BLOCK_D=64, BLOCK_DV=128, num_warps=4)
-    assert kernel.plan(1, 1, 16, 16).num_warps == 1
+def test_tokens_that_share_a_slot_leave_values_of_their_own(device: str) -> None:
+    caches = make_caches("NHD", 2, 8, 3, 16, device=device)
+    before = caches[0].clone()
+    key = torch.arange(1.0, 301.0, device=device).repeat_interleave(48).view(300, 3, 16)
+    slots = torch.arange(300, device=device) % 3
+    run(kernel.prepare(key, key, *caches, slots))
+    written = caches[0].flatten(0, 1)
+    assert ((written[:3] - 1) % 3 == slots[:3, None, None]).all()
+    assert torch.equal(written[3:], before.flatten(0, 1)[3:])
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits_are_reached(device: str) -> None:
+    blocks = 2**31 // (16 * 8 * 128) + 2
+    key_cache = torch.empty(blocks, 8, 16, 128, dtype=torch.float8_e5m2, device=device)
+    key_cache = key_cache.transpose(1, 2)  # [N, P, Hkv, D]
+    value_cache = torch.empty(blocks, 16, 8, 1, device=device)
+    key, value = torch.randn(3, 8, 128, device=device), torch.randn(3, 8, 1, device=device)
+    slots = torch.tensor([blocks * 16 - 1, 0, blocks * 8], device=device)
+    run(kernel.prepare(key, value, key_cache, value_cache, slots))
+    written = key_cache[slots // 16, slots % 16]
+    assert torch.equal(written.float(), key.to(torch.float8_e5m2).float())
+    assert torch.equal(value_cache[slots // 16, slots % 16], value)
+
+
+@pytest.mark.gpu
+def test_a_write_is_captured_and_replayed_with_other_contents(device: str) -> None:
+    caches = make_caches("NHD", 60, 16, 8, 128, device=device)
+    key, value = torch.randn(2, 200, 8, 128, device=device)
+    slots = shuffled_slots(200, 960, device)
+    scale = torch.tensor(0.5, device=device)
+
+    def write() -> None:
+        torch.ops.tkv.reshape_and_cache(key, value, *caches, slots, scale, scale)
+
+    write()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        write()
+    for tensor in (key, value, *caches):
+        tensor.normal_()
+    slots.copy_(shuffled_slots(200, 960, device))
+    scale.fill_(0.25)
+    expected = [cache.clone() for cache in caches]
+    reference.reshape_and_cache(key, value, *expected, slots, scale, scale)
+    graph.replay()
+    for cache, written in zip(caches, expected, strict=True):
+        assert torch.equal(cache, written)
+
+
+def test_heads_that_adjoin_are_one_row_unless_each_has_a_scale(device: str) -> None:
+    key, value = torch.randn(2, 4, 13, 46, device=device)
+    caches = make_caches("NHD", 2, 8, 13, 46, device=device)
+    slots = torch.arange(4, device=device)
+    scale = torch.ones(13, device=device)
+    heads = kernel._reshape_and_cache.arg_names.index("HKV")
+
+    def planned(*args) -> int:
+        launch = kernel.prepare(*args)
+        return (*launch.tensors, *launch.scalars, *launch.constexprs)[heads]
+
+    assert planned(key, value, *caches, slots) == 1
+    assert planned(key, value, *caches, slots, scale[0]) == 1
+    assert planned(key, value, *caches, slots, scale) == 13
+    assert planned(key, value[..., :45], caches[0], caches[1][..., :45], slots) == 13
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 1000, 100_000])
+@pytest.mark.parametrize(
+    ("heads", "head_size", "value_size"), [(1, 16, 16), (13, 46, 80), (128, 192, 128), (1, 512, 64)]
+)
+def test_the_plan_covers_every_token_head_and_element(
+    tokens: int, heads: int, head_size: int, value_size: int
+) -> None:
+    plan = kernel.plan(tokens=tokens, heads=heads, head_size=head_size, value_size=value_size)
+    assert plan.grid[0] * plan.BLOCK_T >= tokens > (plan.grid[0] - 1) * plan.BLOCK_T
+    assert plan.grid[1] * plan.BLOCK_H >= heads > (plan.grid[1] - 1) * plan.BLOCK_H
+    assert head_size <= plan.BLOCK_D < 2 * head_size
+    assert value_size <= plan.BLOCK_DV < 2 * value_size
+    assert plan.grid[2] == (2 if plan.SPLIT else 1)
+    assert plan.BLOCK_T * plan.BLOCK_H * max(plan.BLOCK_D, plan.BLOCK_DV) <= 4096
+    assert plan.num_warps in (1, 2, 4, 8)
+
+
+def test_one_token_spreads_over_the_threads_and_a_narrow_side_shares_a_program() -> None:
+    assert kernel.plan(tokens=1, heads=1, head_size=1024, value_size=1024) == kernel.Plan(
+        (1, 1, 2), True, BLOCK_T=1, BLOCK_H=1, BLOCK_D=1024, BLOCK_DV=1024, num_warps=4
+    )
+    assert not kernel.plan(tokens=1, heads=1, head_size=512, value_size=64).SPLIT

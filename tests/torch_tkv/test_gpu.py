@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -94,3 +95,48 @@ def test_debug_mode_turns_a_slot_outside_the_cache_into_a_device_assert() -> Non
     debugged = subprocess.run(command, capture_output=True, text=True, env=env)
     assert debugged.returncode != 0
     assert "a slot lies outside the cache" in debugged.stderr
+
+
+class Writer(torch.nn.Module):
+    """Writes to a paged cache as eager PyTorch does, then attends to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        key_cache, value_cache = make_caches("NHD", 4096, 16, 2, 32, device="cuda")
+        self.register_buffer("key_cache", key_cache)
+        self.register_buffer("value_cache", value_cache)
+
+    def forward(self, query, key, value, slots, block_table, seq_lens, query_start_loc):
+        self.key_cache[slots // 16, slots % 16] = key
+        self.value_cache[slots // 16, slots % 16] = value
+        return torch_tkv.paged_attention(
+            query, self.key_cache, self.value_cache, block_table, seq_lens, query_start_loc
+        )
+
+
+@torch.no_grad()
+def test_a_compiled_step_is_one_cuda_graph_that_writes_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch._inductor.config.triton, "cudagraph_or_error", True)
+    eager = Writer()
+    compiled = copy.deepcopy(eager)
+    step = torch.compile(compiled, backend="tkv", mode="reduce-overhead", fullgraph=True)
+    starts = torch.arange(5, dtype=torch.int32, device="cuda")
+    table = torch.randperm(4096, device="cuda").int().view(4, 1024)
+    seq_lens = torch.tensor([14, 15, 1000, 3], dtype=torch.int32, device="cuda")
+    for number in range(30):
+        key, value = torch.randn(2, 4, 2, 32, device="cuda")
+        query = torch.randn(4, 4, 32, device="cuda")
+        seq_lens.add_(1)  # crosses the blocks' boundaries
+        block = table.gather(1, (seq_lens - 1).long()[:, None] // 16)[:, 0]
+        args = (query, key, value, block.long() * 16 + (seq_lens - 1) % 16, table, seq_lens, starts)
+        if number == 5:  # warmed up and recorded
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        torch.testing.assert_close(step(*args), eager(*args))
+        assert torch.equal(compiled.key_cache, eager.key_cache)
+        assert torch.equal(compiled.value_cache, eager.value_cache)
+    grown = torch.cuda.max_memory_allocated() - before
+    assert grown < compiled.key_cache.nbytes / 2  # no copy of a cache

@@ -65,6 +65,24 @@ def test_keys_are_rounded_once_to_the_dtype_of_their_cache() -> None:
     assert torch.equal(value_cache.flatten(0, 1)[3:5], value.half())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_caches_saturate_keep_nan_and_divide_by_the_scales(dtype: torch.dtype) -> None:
+    key_cache, value_cache = make_caches("HND", 2, 4, 3, 8, dtype=dtype)
+    key, value = torch.randn(2, 2, 3, 8)
+    key[0, 0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e9])
+    scale = torch.tensor([0.5, 2.0, 1.0])
+    slots = torch.tensor([3, 4])
+    torch_tkv.reshape_and_cache(
+        key, value, key_cache, value_cache, slots, scale, torch.tensor(0.25)
+    )
+    limit = torch.finfo(dtype).max
+    written = key_cache.flatten(0, 1)[3:5].float()
+    assert written[0, 0, 0].isnan()
+    assert written[0, 0, 1:4].tolist() == [limit, -limit, limit]
+    assert torch.equal(written[:, 1], (key[:, 1] / 2).to(dtype).float())
+    assert torch.equal(value_cache.flatten(0, 1)[3:5].float(), (value * 4).to(dtype).float())
+
+
 def arguments() -> dict[str, Tensor]:
     key_cache, value_cache = make_caches("NHD", 5, 4, 3, 8)
     key, value = torch.randn(2, 6, 3, 8)

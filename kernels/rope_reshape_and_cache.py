@@ -1,0 +1,276 @@
+"""Rotate queries and keys, and write keys and values into cache slots.
+
+A pair (x, y) becomes (x cos - y sin, y cos + x sin) (RoFormer, Su et al., 2021), in float32, and is
+rounded once. Where heads are normed, x is x / sqrt(mean(x^2) + eps) * weight first (RMSNorm, Zhang
+and Sennrich, 2019). T tokens, Hq query heads, Hkv KV heads, head sizes D (query, key) and Dv
+(value), the first R of D rotated, N blocks of P slots. One program takes one of PIECES even shares
+of a token's heads and loads all of it before it computes. The kernel also serves the operators that
+norm first and the one that caches nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torch_tkv.kernels.cache_tiles import SATURATES_AT, find_slot, load_rows, store_rows, to_cache
+from torch_tkv.kernels.launcher import DEBUG, Launch
+from torch_tkv.kernels.rope_tiles import (
+    find_angle,
+    heads_to_cache,
+    load_angles,
+    load_heads,
+    rotate_heads,
+    store_heads,
+)
+
+
+@triton.jit(do_not_specialize=["num_angles", "num_mapped", "num_slots"])
+def _rope_reshape_and_cache(
+    out,  # [T, Hq, D], contiguous
+    query,  # [T, Hq, D]
+    key,  # [T, Hkv, D]
+    value,  # [T, Hkv, Dv], or None
+    cos,  # [T or positions, R or R / 2]
+    sin,  # as cos
+    positions,  # [T], or None
+    key_cache,  # [N, P, Hkv, D]
+    value_cache,  # [N, P, Hkv, Dv], or None
+    slot_mapping,  # [<= T], or None where token t goes to slot t
+    k_scale,  # float32 [] or [Hkv], or None
+    v_scale,  # as k_scale
+    q_weight,  # [D], or None
+    k_weight,  # as q_weight
+    eps,
+    query_stride_t,
+    query_stride_h,
+    key_stride_t,
+    key_stride_h,
+    value_stride_t,
+    value_stride_h,
+    cos_stride_t,
+    cos_stride_r,
+    sin_stride_t,
+    sin_stride_r,
+    positions_stride,
+    key_cache_stride_n,
+    key_cache_stride_p,
+    key_cache_stride_h,
+    value_cache_stride_n,
+    value_cache_stride_p,
+    value_cache_stride_h,
+    slot_mapping_stride,
+    k_scale_stride,
+    v_scale_stride,
+    num_angles,  # rows of cos
+    num_mapped,  # slots in slot_mapping
+    num_slots,  # N * P
+    P: tl.constexpr,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    FULL_WIDTH: tl.constexpr,
+    WEIGHT_PLUS_ONE: tl.constexpr,
+    WRAP: tl.constexpr,
+    K_SATURATES_AT: tl.constexpr,
+    V_SATURATES_AT: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK_HQ: tl.constexpr,
+    BLOCK_HKV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    token = (tl.program_id(0) // PIECES).to(tl.int64)
+    piece = tl.program_id(0) % PIECES
+    slot = token
+    if slot_mapping is not None:
+        slot = find_slot(slot_mapping, token, slot_mapping_stride, num_mapped, num_slots, WRAP)
+    angle = find_angle(positions, token, positions_stride, num_angles)
+
+    q_head = piece * BLOCK_HQ + tl.arange(0, BLOCK_HQ).to(tl.int64)[None, :, None]
+    head = piece * BLOCK_HKV + tl.arange(0, BLOCK_HKV).to(tl.int64)[None, :, None]
+    q_row = query + token * query_stride_t + q_head * query_stride_h
+    k_row = key + token * key_stride_t + head * key_stride_h
+    q1, q2, q3 = load_heads(q_row, q_head < HQ, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
+    k1, k2, k3 = load_heads(k_row, head < HKV, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
+    if value is not None:
+        v = load_rows(value, token, head, head < HKV, value_stride_t, value_stride_h, DV, BLOCK_DV)
+    c = load_angles(cos, angle, cos_stride_t, cos_stride_r, R, BLOCK_R, INTERLEAVED, FULL_WIDTH)
+    s = load_angles(sin, angle, sin_stride_t, sin_stride_r, R, BLOCK_R, INTERLEAVED, FULL_WIDTH)
+
+    q1, q2, q3 = rotate_heads(
+        q1, q2, q3, c, s, q_weight, eps, query.dtype.element_ty,
+        D, R, BLOCK_R, BLOCK_REST, INTERLEAVED, WEIGHT_PLUS_ONE,
+    )  # fmt: skip
+    k1, k2, k3 = rotate_heads(
+        k1, k2, k3, c, s, k_weight, eps, key.dtype.element_ty,
+        D, R, BLOCK_R, BLOCK_REST, INTERLEAVED, WEIGHT_PLUS_ONE,
+    )  # fmt: skip
+
+    q_row = out + (token * HQ + q_head) * D
+    store_heads(q_row, q_head < HQ, q1, q2, q3, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
+    inside = (head < HKV) & (slot >= 0)
+    k1, k2, k3 = heads_to_cache(
+        k1, k2, k3, k_scale, k_scale_stride, head, inside,
+        key_cache.dtype.element_ty, K_SATURATES_AT, BLOCK_REST,
+    )  # fmt: skip
+    k_row = key_cache + head * key_cache_stride_h
+    k_row += (slot // P) * key_cache_stride_n + (slot % P) * key_cache_stride_p
+    store_heads(k_row, inside, k1, k2, k3, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
+    if value is not None:
+        V_DTYPE: tl.constexpr = value_cache.dtype.element_ty
+        v = to_cache(v, v_scale, v_scale_stride, head, inside, V_DTYPE, V_SATURATES_AT)
+        strides = (value_cache_stride_n, value_cache_stride_p, value_cache_stride_h)
+        store_rows(v, value_cache, slot, head, inside, strides, P, DV, None)
+
+
+class Rung(NamedTuple):
+    """What one program takes, up to a number of tokens."""
+
+    tokens: float
+    elements: int
+    warps: int
+
+
+# us of 32 query and 8 KV heads of 128 bf16 at 1, 64, 1024 and 65536 tokens, on one H200 with torch
+# 2.11 and Triton 3.6, 2026-11-21; in the same run a copy of the bytes took 1.25, 1.55, 4.5 and 381.
+_LADDER = (
+    Rung(tokens=8, elements=1024, warps=4),  # 1.56, 2.10, 11.5, 646
+    Rung(tokens=128, elements=2048, warps=4),  # 1.54, 1.95, 7.14, 452
+    Rung(tokens=float("inf"), elements=4096, warps=2),  # 1.81, 2.02, 5.56, 400; with QK norm 401
+)
+
+
+class Plan(NamedTuple):
+    """How to launch: the grid and the tiles of one program."""
+
+    grid: tuple[int]
+    PIECES: int
+    BLOCK_HQ: int
+    BLOCK_HKV: int
+    BLOCK_R: int
+    BLOCK_REST: int  # 0 where all of a head is rotated
+    BLOCK_DV: int
+    num_warps: int
+
+
+def plan(
+    tokens: int,
+    query_heads: int,
+    kv_heads: int,
+    head_size: int,
+    value_size: int,
+    rotary_dim: int,
+    ladder: tuple[Rung, ...] = _LADDER,
+) -> Plan:
+    """Plan the rotation of all heads and the write of the KV heads; a value_size of 0 has no V."""
+    rung = next(rung for rung in ladder if tokens <= rung.tokens)
+    block_r, block_rest, block_dv = (
+        triton.next_power_of_2(size)
+        for size in (rotary_dim // 2, head_size - rotary_dim, value_size)
+    )
+    row = 2 * block_r + block_rest
+    elements = query_heads * row + kv_heads * (row + block_dv)
+    pieces = triton.next_power_of_2(triton.cdiv(elements, rung.elements))
+    block_hq, block_hkv = (
+        triton.next_power_of_2(triton.cdiv(heads, pieces)) for heads in (query_heads, kv_heads)
+    )
+    pieces = max(triton.cdiv(query_heads, block_hq), triton.cdiv(kv_heads, block_hkv))
+    share = block_hq * row + block_hkv * (row + block_dv)
+    # At least 4 elements a thread.
+    num_warps = min(rung.warps, triton.next_power_of_2(triton.cdiv(share, 4 * 32)))
+    blocks = (pieces, block_hq, block_hkv, block_r, block_rest, block_dv)
+    return Plan((tokens * pieces,), *blocks, num_warps)
+
+
+class Norm(NamedTuple):
+    """How the heads are normed before they are rotated; without weights they are not."""
+
+    q_weight: Tensor | None = None
+    k_weight: Tensor | None = None
+    eps: float = 0.0
+    weight_plus_one: bool = False
+
+
+_NO_NORM = Norm()
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor | None,
+    slot_mapping: Tensor | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+    wrap: bool = False,
+    norm: Norm = _NO_NORM,
+) -> Launch:
+    """Describe the launch; arguments as in `torch_tkv.rope_reshape_and_cache`.
+
+    Without value, value_cache and slot_mapping, key_cache is [T, Hkv, D] and token `t` goes to
+    its row `t`.
+    """
+    tokens, query_heads, head_size = query.shape
+    kv_heads = key.shape[1]
+    value_size = 0 if value is None else value.shape[2]
+    rotary_dim = head_size if rotary_dim is None else rotary_dim
+    blocks = key_cache.unsqueeze(1) if slot_mapping is None else key_cache
+    grid, *tiles, num_warps = plan(tokens, query_heads, kv_heads, head_size, value_size, rotary_dim)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    return Launch(
+        _rope_reshape_and_cache,
+        grid,
+        (
+            *(out, query, key, value, cos, sin, positions, key_cache, value_cache, slot_mapping),
+            *(k_scale, v_scale, norm.q_weight, norm.k_weight),
+        ),
+        (
+            norm.eps,
+            *query.stride()[:2],
+            *key.stride()[:2],
+            *_strides(value, 2),
+            *cos.stride(),
+            *sin.stride(),
+            *_strides(positions, 1),
+            *blocks.stride()[:3],
+            *_strides(value_cache, 3),
+            *_strides(slot_mapping, 1),
+            *_strides(k_scale, 1),
+            *_strides(v_scale, 1),
+            cos.shape[0],
+            0 if slot_mapping is None else slot_mapping.shape[0],
+            blocks.shape[0] * blocks.shape[1],
+        ),
+        (
+            *(blocks.shape[1], query_heads, kv_heads, head_size, value_size, rotary_dim),
+            *(interleaved, cos.shape[1] == rotary_dim, norm.weight_plus_one, wrap),
+            SATURATES_AT.get(key_cache.dtype),
+            None if value_cache is None else SATURATES_AT.get(value_cache.dtype),
+            *tiles,
+        ),
+        # A fused multiply-add would skip a rounding that PyTorch does.
+        {"num_warps": num_warps, "enable_fp_fusion": False, "debug": DEBUG},
+        out,
+    )
+
+
+def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
+    """Return the first `count` strides, 0 for dimensions that an optional tensor has not."""
+    strides = () if tensor is None else tensor.stride()
+    return (*strides, *(0,) * count)[:count]

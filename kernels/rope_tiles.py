@@ -1,0 +1,196 @@
+"""Tiles of the rotating kernels: the heads of one token, and the angles that they turn by.
+
+The first R of the D elements of a head form R / 2 pairs, (j, j + R / 2), or (2 j, 2 j + 1) where
+INTERLEAVED. A tile of heads is a triple: the pairs' first elements and their second ones, both
+[1, heads, BLOCK_R], and the elements [1, heads, BLOCK_REST] past R, or 0 where there are none.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from torch_tkv.kernels.cache_tiles import to_cache
+
+
+@triton.jit
+def load_pairs(
+    row,  # [1, heads, 1] pointers, or one
+    stride,
+    inside,  # as row
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Return the first and the second elements of the pairs of each row."""
+    HALF: tl.constexpr = R // 2
+    if INTERLEAVED:
+        # One wide load that threads take apart: elements of a pair share no 16-byte access else.
+        dim = tl.arange(0, 2 * BLOCK_R)[None, None, :]
+        x = tl.load(row + dim * stride, mask=inside & (dim < R), other=0.0)
+        first, second = tl.split(tl.reshape(x, [1, x.shape[1], BLOCK_R, 2]))
+    else:
+        pair = tl.arange(0, BLOCK_R)[None, None, :]
+        inside = inside & (pair < HALF)
+        first = tl.load(row + pair * stride, mask=inside, other=0.0)
+        second = tl.load(row + (pair + HALF) * stride, mask=inside, other=0.0)
+    return first, second
+
+
+@triton.jit
+def find_angle(
+    positions,  # [T], or None
+    token,
+    stride,
+    num_angles,  # rows of cos and of sin
+):
+    """Return the row of cos and sin for `token`, or -1 where its position lies outside of them."""
+    angle = token
+    if positions is not None:
+        angle = tl.load(positions + token * stride).to(tl.int64)
+        inside = (angle >= 0) & (angle < num_angles)
+        tl.device_assert(inside, "positions: a position lies outside cos and sin")
+        angle = tl.where(inside, angle, -1)
+    return angle
+
+
+@triton.jit
+def load_angles(
+    table,  # cos or sin
+    angle,  # a row of it, or -1
+    stride,
+    stride_r,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    FULL_WIDTH: tl.constexpr,
+):
+    """Return what the first and the second elements of the pairs are multiplied with, in float32.
+
+    A table of full width has a column an element, one of half width a column a pair.
+    """
+    row = table + angle * stride
+    if FULL_WIDTH:
+        first, second = load_pairs(row, stride_r, angle >= 0, R, BLOCK_R, INTERLEAVED)
+    else:
+        pair = tl.arange(0, BLOCK_R)[None, None, :]
+        first = tl.load(row + pair * stride_r, mask=(angle >= 0) & (pair < R // 2), other=0.0)
+        second = first
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def load_heads(
+    row,  # [1, heads, 1] pointers
+    inside,  # [1, heads, 1]
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Return a tile of heads in the dtype of the model."""
+    first, second = load_pairs(row, 1, inside, R, BLOCK_R, INTERLEAVED)
+    rest = 0.0
+    if BLOCK_REST > 0:
+        dim = R + tl.arange(0, BLOCK_REST)[None, None, :]
+        rest = tl.load(row + dim, mask=inside & (dim < D), other=0.0)
+    return first, second, rest
+
+
+@triton.jit
+def store_heads(
+    row,  # [1, heads, 1] pointers
+    inside,  # [1, heads, 1]
+    first,
+    second,
+    rest,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Store a tile of heads that has the dtype of its destination."""
+    HALF: tl.constexpr = R // 2
+    if INTERLEAVED:
+        dim = tl.arange(0, 2 * BLOCK_R)[None, None, :]
+        x = tl.reshape(tl.join(first, second), [1, first.shape[1], 2 * BLOCK_R])
+        tl.store(row + dim, x, mask=inside & (dim < R))
+    else:
+        pair = tl.arange(0, BLOCK_R)[None, None, :]
+        tl.store(row + pair, first, mask=inside & (pair < HALF))
+        tl.store(row + pair + HALF, second, mask=inside & (pair < HALF))
+    if BLOCK_REST > 0:
+        dim = R + tl.arange(0, BLOCK_REST)[None, None, :]
+        tl.store(row + dim, rest, mask=inside & (dim < D))
+
+
+@triton.jit
+def rotate_heads(
+    first,
+    second,
+    rest,
+    cos,  # a pair, as of load_angles
+    sin,
+    weight,  # [D], or None where the heads are not normed
+    eps,
+    DTYPE: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    WEIGHT_PLUS_ONE: tl.constexpr,
+):
+    """Return a tile of heads, normed and rotated in float32, rounded once to DTYPE."""
+    x = first.to(tl.float32)
+    y = second.to(tl.float32)
+    if BLOCK_REST > 0:
+        rest = rest.to(tl.float32)
+    if weight is not None:
+        everywhere = tl.full([], True, tl.int1)
+        w_x, w_y, w_rest = load_heads(weight, everywhere, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
+        squares = tl.sum(x * x + y * y, 2, keep_dims=True)
+        if BLOCK_REST > 0:
+            squares += tl.sum(rest * rest, 2, keep_dims=True)
+        inverse = tl.rsqrt(squares / D + eps)
+        x = _scale(x, inverse, w_x, WEIGHT_PLUS_ONE)
+        y = _scale(y, inverse, w_y, WEIGHT_PLUS_ONE)
+        if BLOCK_REST > 0:
+            rest = _scale(rest, inverse, w_rest, WEIGHT_PLUS_ONE)
+    # A launch without fp fusion rounds the products as x * cos + rotate_half(x) * sin does.
+    first = (x * cos[0] - y * sin[0]).to(DTYPE)
+    second = (y * cos[1] + x * sin[1]).to(DTYPE)
+    if BLOCK_REST > 0:
+        rest = rest.to(DTYPE)
+    return first, second, rest
+
+
+@triton.jit
+def _scale(x, inverse, weight, WEIGHT_PLUS_ONE: tl.constexpr):
+    weight = weight.to(tl.float32)
+    if WEIGHT_PLUS_ONE:
+        weight = weight + 1.0
+    return x * inverse * weight
+
+
+@triton.jit
+def heads_to_cache(
+    first,
+    second,
+    rest,
+    scale,
+    scale_stride,
+    head,
+    inside,
+    DTYPE: tl.constexpr,
+    SATURATES_AT: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """Return a tile of heads as `to_cache` rounds it."""
+    first = to_cache(first, scale, scale_stride, head, inside, DTYPE, SATURATES_AT)
+    second = to_cache(second, scale, scale_stride, head, inside, DTYPE, SATURATES_AT)
+    if BLOCK_REST > 0:
+        rest = to_cache(rest, scale, scale_stride, head, inside, DTYPE, SATURATES_AT)
+    return first, second, rest
