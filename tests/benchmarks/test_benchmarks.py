@@ -1,0 +1,107 @@
+"""The benchmarks' pure parts; what they measure needs a GPU."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tabulate", reason="needs the extra [bench]")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+MODULES = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_benchmark_is_imported_without_a_gpu(module: str) -> None:
+    assert importlib.import_module(module).__doc__
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("module", sorted({*MODULES} - {"harness", "inputs"}))
+def test_without_a_gpu_a_benchmark_says_so_in_one_sentence(module: str) -> None:
+    command = [sys.executable, str(BENCHMARKS / f"{module}.py")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert run.stderr == "The benchmarks measure a CUDA or ROCm GPU, and torch sees none.\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "dtypes", "size"),
+    [
+        ("reshape_and_cache", (BF16, BF16), 4 * 65536 * 8 * 128 * 2),
+        ("reshape_and_cache", (BF16, FP8), 3 * 65536 * 8 * 128 * 2),
+        ("rope_reshape_and_cache", (BF16, BF16), (4 * 8 + 2 * 32) * 65536 * 128 * 2),
+        ("concat_and_cache_mla", (BF16, BF16), 2 * 65536 * 576 * 2),
+        ("gather_cache", (BF16, BF16), 4 * 65536 * 8 * 128 * 2),
+        ("gather_cache", (FP8, BF16), 3 * 65536 * 8 * 128 * 2),
+    ],
+)
+def test_bytes_are_counted_once_read_and_once_written(module, dtypes, size) -> None:
+    assert importlib.import_module(module).count_bytes(65536, *dtypes) == size
+
+
+def make_rows() -> list:
+    row = importlib.import_module("harness").Row
+    machine = ("H200, a GPU", "2.13", "3.7", "abc", "2026-11-21")
+    return [
+        row("write", "NHD", "tkv", 64, "warm L2", 1.5, 400.0, 0.1, *machine),
+        row("write", "NHD", "tkv", 1, "warm L2", 1.25, 6.5, 0.002, *machine),
+        row("write", "NHD", "inductor", 64, "warm L2", 1.75, None, None, *machine),
+    ]
+
+
+def test_a_table_has_cases_and_variants_down_and_tokens_across() -> None:
+    headers, table = importlib.import_module("harness").pivot(make_rows(), "us")
+    assert headers == ["case", "variant", "1", "64"]
+    assert table == [["NHD", "tkv", 1.25, 1.5], ["NHD", "inductor", None, 1.75]]
+    headers, table = importlib.import_module("harness").pivot(make_rows(), "gb_per_s")
+    assert table == [["NHD", "tkv", 6.5, 400.0]]
+
+
+def test_a_csv_file_gives_back_the_rows(tmp_path: Path) -> None:
+    harness, rows, path = importlib.import_module("harness"), make_rows(), tmp_path / "rows.csv"
+    harness.write_csv(rows, path)
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    for row, line in zip(rows, lines, strict=True):
+        assert line == {key: "" if v is None else str(v) for key, v in row._asdict().items()}
+
+
+def test_a_plot_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra [bench]")
+    harness = importlib.import_module("harness")
+    harness.draw(make_rows()[:2], harness.Ceilings(4000.0, 0.5), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_short_calls_go_many_to_a_graph_and_long_ones_few() -> None:
+    counts = [
+        importlib.import_module("harness").calls_per_graph(t) for t in (1, 1024, 16384, 65536)
+    ]
+    assert counts == [20, 20, 8, 2]
+
+
+def test_variants_are_chosen_by_how_their_names_start() -> None:
+    chosen = importlib.import_module("harness").chosen
+    assert chosen("inductor view", None)
+    assert chosen("inductor view", ["tkv", "inductor"])
+    assert not chosen("vllm", ["tkv", "inductor"])
+
+
+def test_sequences_are_cut_from_all_pages_and_their_table_lists_them_in_order() -> None:
+    gather = importlib.import_module("gather_cache")
+    for pages in (1, 2, 40, 4096):
+        cuts = gather.cut(pages)
+        assert cuts == sorted(set(cuts))
+        assert (cuts[0], cuts[-1]) == (0, pages)
+        order = torch.randperm(pages, dtype=torch.int32)
+        table = gather.make_table(order, cuts)
+        assert table.shape[0] == min(pages, gather.MAX_SEQUENCES)
+        assert torch.equal(table[table >= 0], order)
