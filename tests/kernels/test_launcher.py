@@ -179,6 +179,18 @@ def test_launch_hooks_see_every_launch(write: Launcher) -> None:
 
 
 @pytest.mark.gpu
+def test_models_that_alternate_and_inference_mode_keep_their_own_launches(
+    write: Launcher, triton_launches: list[str]
+) -> None:
+    for mode in (torch.no_grad, torch.inference_mode, torch.no_grad):
+        with mode():
+            for tokens in (1, 2, 3, 4, 5, 6, 1, 2, 6, 6, 6, 1):
+                assert_writes(write, times=1, tokens=tokens)
+    assert len(triton_launches) == 6
+    assert len(write._recent) <= launcher._MAX_RECENT
+
+
+@pytest.mark.gpu
 def test_remembered_signatures_stay_few(write: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "_MAX_SIGNATURES", 4)
     for tokens in range(1, 11):

@@ -172,5 +172,6 @@ def test_the_plan_covers_every_head_and_element(
 def test_few_tokens_are_spread_over_more_programs() -> None:
     sizes = (32, 8, 128, 128, 128)
     assert kernel.plan(1, *sizes) == kernel.Plan((8,), 8, 4, 1, 64, 0, 128, 4)
-    assert kernel.plan(1000, *sizes) == kernel.Plan((2000,), 2, 16, 4, 64, 0, 128, 4)
+    assert kernel.plan(64, *sizes) == kernel.Plan((256,), 4, 8, 2, 64, 0, 128, 4)
+    assert kernel.plan(1000, *sizes) == kernel.Plan((2000,), 2, 16, 4, 64, 0, 128, 2)
     assert kernel.plan(1, 2, 1, 16, 16, 16).num_warps == 1
