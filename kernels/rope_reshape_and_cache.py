@@ -94,6 +94,9 @@ def _rope_reshape_and_cache(
     if slot_mapping is not None:
         slot = find_slot(slot_mapping, token, slot_mapping_stride, num_mapped, num_slots, WRAP)
     angle = find_angle(positions, token, positions_stride, num_angles)
+    # Tiles, because Triton 3.9's interpreter takes no scalars in masks.
+    slot = slot + tl.zeros([1, 1, 1], tl.int64)
+    angle = angle + tl.zeros([1, 1, 1], tl.int64)
 
     q_head = piece * BLOCK_HQ + tl.arange(0, BLOCK_HQ).to(tl.int64)[None, :, None]
     head = piece * BLOCK_HKV + tl.arange(0, BLOCK_HKV).to(tl.int64)[None, :, None]

@@ -57,7 +57,7 @@ def find_angle(
 @triton.jit
 def load_angles(
     table,  # cos or sin
-    angle,  # a row of it, or -1
+    angle,  # [1, 1, 1], a row of it, or -1
     stride,
     stride_r,
     R: tl.constexpr,
@@ -149,7 +149,7 @@ def rotate_heads(
     if BLOCK_REST > 0:
         rest = rest.to(tl.float32)
     if weight is not None:
-        everywhere = tl.full([], True, tl.int1)
+        everywhere = tl.zeros([1, 1, 1], tl.int32) == 0
         w_x, w_y, w_rest = load_heads(weight, everywhere, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
         squares = tl.sum(x * x + y * y, 2, keep_dims=True)
         if BLOCK_REST > 0:
