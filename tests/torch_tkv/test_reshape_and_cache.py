@@ -6,6 +6,7 @@ from paged import LAYOUTS, clone_storages, make_caches, storage
 from torch import Tensor
 
 import torch_tkv
+from torch_tkv.ops import library
 
 
 def write_by_loop(
@@ -165,3 +166,27 @@ def test_the_operator_compiles_without_a_graph_break_and_with_dynamic_shapes() -
         compiled(key, value, key_cache, value_cache, slots)
         assert torch.equal(key_cache, expected[0])
         assert torch.equal(value_cache, expected[1])
+
+
+def test_a_compiled_call_on_two_views_of_one_storage_is_warned_of_once(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    library._warn_of_shared_storage.cache_clear()
+    kv, x = torch.zeros(2, 5, 4, 3, 8), torch.randn(2, 3, 8)
+
+    def write(kv: Tensor, x: Tensor, slots: Tensor) -> None:
+        torch_tkv.reshape_and_cache(x, x, kv[0], kv[1], slots)
+
+    compiled = torch.compile(write, backend="aot_eager")
+    for tokens in (1, 2):
+        compiled(kv, x[:tokens], torch.arange(tokens))
+    said = [str(w.message) for w in recwarn if "share a storage" in str(w.message)]
+    assert len(said) == 1
+    assert "tkv::reshape_and_cache_packed" in said[0]
+
+
+def test_a_compiled_call_on_two_storages_is_not_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    library._warn_of_shared_storage.cache_clear()
+    caches, x = make_caches("NHD", 5, 4, 3, 8), torch.randn(2, 3, 8)
+    torch.compile(torch_tkv.reshape_and_cache, backend="aot_eager")(x, x, *caches, torch.arange(2))
+    assert not [w for w in recwarn if "share a storage" in str(w.message)]

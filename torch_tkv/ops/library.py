@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -64,10 +65,27 @@ def define(
     def on_fake(*args: Any, **kwargs: Any) -> Any:
         refuse_autograd(stem, args)
         check(*args, **kwargs)
+        mutated = [args[i].untyped_storage()._cdata for i in mutable]
+        if len(set(mutated)) < len(mutated):
+            _warn_of_shared_storage(stem)
         return fake(*args, **kwargs)
 
     # define and impl cost 2 us a call, torch.library.custom_op 11 us (torch 2.11, empty body, CPU).
     _LIBRARY.define(schema, tags=_TAGS)
+    arguments = getattr(torch.ops.tkv, stem).default._schema.arguments
+    mutable = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
     _LIBRARY.impl(stem, on_cpu, "CPU")
     _LIBRARY.impl(stem, on_cuda, "CUDA")
     torch.library.register_fake(f"tkv::{stem}", on_fake, lib=_LIBRARY)
+
+
+@functools.cache
+def _warn_of_shared_storage(stem: str) -> None:
+    """Say once that a compiled call is one of those that torch.compile gets wrong."""
+    warnings.warn(
+        f"{stem}: two tensors that it mutates share a storage. torch.compile may copy that storage "
+        "at every call, and up to torch 2.15 it may write to the wrong rows. Give K and V storages "
+        "of their own, hand the whole tensor to tkv::reshape_and_cache_packed, or write in eager "
+        'PyTorch, cache[block, offset] = k, and compile with backend="tkv"',
+        stacklevel=2,
+    )
