@@ -172,10 +172,9 @@ def plan(
     head_size: int,
     value_size: int,
     rotary_dim: int,
-    ladder: tuple[Rung, ...] = _LADDER,
 ) -> Plan:
     """Plan the rotation of all heads and the write of the KV heads; a value_size of 0 has no V."""
-    rung = next(rung for rung in ladder if tokens <= rung.tokens)
+    rung = next(rung for rung in _LADDER if tokens <= rung.tokens)
     block_r, block_rest, block_dv = (
         triton.next_power_of_2(size)
         for size in (rotary_dim // 2, head_size - rotary_dim, value_size)

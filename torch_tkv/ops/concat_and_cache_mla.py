@@ -88,14 +88,9 @@ def _check_indices(
     _checker.slots(slot_mapping, kv_cache.shape[0] * kv_cache.shape[1], wrap)
 
 
-def _fake(*args: object, **kwargs: object) -> None:
-    return None
-
-
 define(
     "concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor(a!) kv_cache, Tensor slot_mapping, "
     "Tensor? scale=None, *, bool wrap=False) -> ()",
     check=_check,
     check_indices=_check_indices,
-    fake=_fake,
 )

@@ -69,13 +69,8 @@ def _check_indices(key_cache: Tensor, value_cache: Tensor, block_pairs: Tensor) 
     require(ok, "block_pairs", "of destinations that are written once and never read", got)
 
 
-def _fake(*args: object) -> None:
-    return None
-
-
 define(
     "copy_blocks(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor block_pairs) -> ()",
     check=_check,
     check_indices=_check_indices,
-    fake=_fake,
 )

@@ -30,7 +30,7 @@ def define(
     *,
     check: Callable[..., None],
     check_indices: Callable[..., None],
-    fake: Callable[..., Any],
+    fake: Callable[..., Any] | None = None,
 ) -> None:
     """Declare `tkv::<schema>` and hook its CPU, CUDA and fake implementations.
 
@@ -39,7 +39,8 @@ def define(
         check: raises for shapes, dtypes, strides and devices that do not fit; runs everywhere, on a
             GPU once for all calls that agree in these.
         check_indices: raises for indices out of range; runs on CPU, where values can be read.
-        fake: returns outputs of the right shape and dtype for fake tensors.
+        fake: returns outputs of the right shape and dtype for fake tensors; None where there are
+            none.
     """
     stem = schema.partition("(")[0]
     run_reference = getattr(reference, stem)
@@ -68,7 +69,7 @@ def define(
         mutated = [args[i].untyped_storage()._cdata for i in mutable]
         if len(set(mutated)) < len(mutated):
             _warn_of_shared_storage(stem)
-        return fake(*args, **kwargs)
+        return fake(*args, **kwargs) if fake is not None else None
 
     # define and impl cost 2 us a call, torch.library.custom_op 11 us (torch 2.11, empty body, CPU).
     _LIBRARY.define(schema, tags=_TAGS)

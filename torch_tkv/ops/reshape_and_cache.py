@@ -83,14 +83,9 @@ def _check_indices(
     _checker.slots(slot_mapping, key_cache.shape[0] * key_cache.shape[1], wrap)
 
 
-def _fake(*args: object, **kwargs: object) -> None:
-    return None
-
-
 define(
     "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor slot_mapping, Tensor? k_scale=None, Tensor? v_scale=None, *, bool wrap=False) -> ()",
     check=_check,
     check_indices=_check_indices,
-    fake=_fake,
 )

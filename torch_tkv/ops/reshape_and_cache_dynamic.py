@@ -91,15 +91,10 @@ def _check_indices(
     _checker.slots(slot_mapping, key_cache.shape[0] * key_cache.shape[1], wrap)
 
 
-def _fake(*args: object, **kwargs: object) -> None:
-    return None
-
-
 define(
     "reshape_and_cache_dynamic(Tensor key, Tensor value, Tensor(a!) key_cache, "
     "Tensor(b!) value_cache, Tensor(c!) k_scale_cache, Tensor(d!) v_scale_cache, "
     "Tensor slot_mapping, *, bool wrap=False) -> ()",
     check=_check,
     check_indices=_check_indices,
-    fake=_fake,
 )
