@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
@@ -228,6 +229,27 @@ def _nothing() -> None:
     pass
 
 
+def read_gb_per_s(repeats: int) -> float:
+    """Measure the bandwidth of reading 1 GB."""
+    source = torch.randn(2**29, device="cuda", dtype=torch.bfloat16)
+    sums = torch.empty(source.numel() // 8192, device="cuda")
+    graph = capture(lambda _: _sum[(sums.numel(),)](source, sums, 8192), 4, 1)
+    return source.nbytes / (replay({"read": graph}, repeats)["read"] / 4) / 1e3
+
+
+@triton.jit
+def _sum(source, sums, BLOCK: tl.constexpr) -> None:
+    part = tl.load(source + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
+    tl.store(sums + tl.program_id(0), tl.sum(part.to(tl.float32)))
+
+
+def matmul_tflop_per_s(repeats: int) -> float:
+    """Measure the product of two bfloat16 matrices of 8192 x 8192."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    graph = capture(lambda _: a @ b, 2, 1)
+    return 2 * 8192**3 / (replay({"matmul": graph}, repeats)["matmul"] / 2) / 1e6
+
+
 @functools.cache
 def optional(module: str) -> ModuleType | None:
     """Return a module of somebody else's, or None, saying so, where it cannot be imported."""
@@ -279,11 +301,11 @@ def pivot(rows: Sequence[Row], field: str) -> tuple[list[str], list[list[object]
     return ["case", "variant", *map(str, tokens)], table
 
 
-def write_csv(rows: Iterable[Row], path: Path) -> None:
-    """Write measurements, a line each."""
+def write_csv(rows: Sequence[NamedTuple], path: Path) -> None:
+    """Write measurements, a line each, below their fields' names."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(Row._fields)
+        writer.writerow(rows[0]._fields)
         writer.writerows(rows)
 
 

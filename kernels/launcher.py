@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -40,22 +41,34 @@ _MAX_RECENT = 4
 
 
 class Launch(NamedTuple):
-    """One kernel launch: `kernel[grid](*tensors, *scalars, *constexprs, **options)`."""
+    """One kernel launch, `kernel[grid](*tensors, *scalars, *constexprs, **options)`, or several.
+
+    `tensors` may hold tuples of tensors and other arguments.
+    """
 
     kernel: JITFunction[Any]
     grid: tuple[int, ...]
-    tensors: tuple[Tensor | None, ...]
-    scalars: tuple[int | float, ...]
+    tensors: tuple[Any, ...]
+    scalars: tuple[int | float | None, ...]
     constexprs: tuple[Any, ...]
     options: Mapping[str, Any]
-    # Those of `tensors` which the call allocated, as the operator returns them.
+    # What the operator returns: tensors that the call allocated.
     out: Tensor | tuple[Tensor, ...] | None = None
+    # The launch that follows; tensors that are neither arguments nor outputs are scratch memory.
+    then: Launch | None = None
 
 
 def run(launch: Launch) -> Tensor | tuple[Tensor, ...] | None:
     """Launch through Triton and return the output or outputs."""
-    _run(launch)
+    for one in _chain(launch):
+        _run(one)
     return launch.out
+
+
+def _chain(launch: Launch | None) -> Iterator[Launch]:
+    while launch is not None:
+        yield launch
+        launch = launch.then
 
 
 def _run(launch: Launch) -> Any:
@@ -63,7 +76,7 @@ def _run(launch: Launch) -> Any:
     if 0 in launch.grid:
         return None
     args = (*launch.tensors, *launch.scalars, *launch.constexprs)
-    with torch.cuda.device_of(next(t for t in launch.tensors if t is not None)):
+    with torch.cuda.device_of(next(_tensors(launch.tensors))):
         return launch.kernel[launch.grid](*args, **launch.options)
 
 
@@ -77,12 +90,13 @@ class Launcher:
 
     def __init__(self, prepare: Callable[..., Launch], check: Callable[..., None]) -> None:
         self._prepare, self._check = prepare, check
-        self._bound: dict[Any, _BoundLaunch] = {}
-        self._recent: list[_BoundLaunch] = []
+        self._bound: dict[Any, _Bound] = {}
+        self._recent: list[_Bound] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...] | None:
         for bound in self._recent:
-            if bound.guard.fits(args, kwargs):
+            pointers = bound.guard(args, kwargs)
+            if pointers is not None:
                 break
         else:
             signature = _signature(args, kwargs)
@@ -90,9 +104,10 @@ class Launcher:
                 return self._launch_first(signature, args, kwargs)
             bound = self._bound[signature]
             self._recent = [bound, *(x for x in self._recent if x is not bound)][:_MAX_RECENT]
+            pointers = [arg.data_ptr() for arg in args if isinstance(arg, Tensor)]
         if _is_hooked(bound.kernel):
             return run(self._prepare(*args, **kwargs))
-        return bound(args)
+        return bound(pointers)
 
     def _launch_first(
         self, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -102,11 +117,11 @@ class Launcher:
         # One tensor given for two arguments becomes two: the next call may give two.
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         launch = self._prepare(*args, **kwargs)
-        compiled = _run(launch)
-        if compiled is not None and _knows_triton():
+        compiled = [_run(one) for one in _chain(launch)]
+        if None not in compiled and _knows_triton() and not _has_descriptors(launch):
             if len(self._bound) >= _MAX_SIGNATURES:
                 self._bound.clear()
-            self._bound[signature] = _BoundLaunch(launch, compiled, args, guard)
+            self._bound[signature] = _Bound(launch, compiled, list(_tensors(args)), guard)
         return launch.out
 
 
@@ -115,60 +130,127 @@ class _Guard:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._length, self._kwargs = len(args), kwargs
-        self._count = next((i for i, a in enumerate(args) if not isinstance(a, Tensor)), len(args))
-        tensors, self._others = args[: self._count], args[self._count :]
+        places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+        self._tensors = operator.itemgetter(*places)  # of two or more: a tuple
+        self._others = [(i, arg) for i, arg in enumerate(args) if i not in places]
+        tensors = self._tensors(args)
         guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         self._same: Callable[..., bool] = guards.check
-        if any(isinstance(arg, Tensor) for arg in self._others) or not _aligned(tensors):
-            self._same = lambda *tensors: False  # these are told apart by the signature alone
+        self._aligned = math.gcd(16, *map(Tensor.data_ptr, tensors)) == 16
 
-    def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        count = self._count
-        return (
-            len(args) == self._length
-            and self._same(*args[:count])
-            and args[count:] == self._others
-            and kwargs == self._kwargs
-            and _aligned(args[:count])
-        )
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
+        """Return the pointers of the tensors if the call fits."""
+        if len(args) != self._length or kwargs != self._kwargs or not self._aligned:
+            return None
+        for place, other in self._others:
+            if isinstance(args[place], Tensor) or args[place] != other:
+                return None
+        tensors = self._tensors(args)
+        if not self._same(*tensors):
+            return None
+        pointers = [*map(Tensor.data_ptr, tensors)]
+        return pointers if math.gcd(16, *pointers) == 16 else None
 
 
-class _BoundLaunch:
-    """A compiled kernel with all its arguments but the pointers."""
+class _Slot(int):
+    """Stands for a pointer, by its place among those of a call."""
 
-    def __init__(self, launch: Launch, compiled: Any, args: tuple[Any, ...], guard: _Guard) -> None:
+
+class _Bound:
+    """Compiled kernels with all their arguments but the pointers."""
+
+    def __init__(
+        self, launch: Launch, compiled: list[Any], given: list[Tensor], guard: _Guard
+    ) -> None:
         self.kernel, self.guard = launch.kernel, guard
-        self._device = next(t for t in launch.tensors if t is not None).get_device()
-        self._grid = (*launch.grid, 1, 1)[:3]
-        self._run, self._function = _entry(compiled)
-        self._rest = (*launch.scalars, *launch.constexprs)
+        self._device = given[0].get_device()
         outs = launch.out if isinstance(launch.out, tuple) else (launch.out,)
-        self._outs = [
-            functools.partial(torch.empty, out.shape, dtype=out.dtype, device=out.device)
-            for out in outs
-            if out is not None
+        fresh = [out for out in outs if out is not None]
+        self._returned = len(fresh)
+        known = {id(tensor) for tensor in (*given, *fresh)}
+        storages = {tensor.untyped_storage()._cdata for tensor in given}
+        for tensor in (t for one in _chain(launch) for t in _tensors(one.tensors)):
+            if id(tensor) not in known:  # scratch memory
+                assert tensor.untyped_storage()._cdata not in storages, "a view of an argument"
+                known.add(id(tensor))
+                fresh.append(tensor)
+        self._fresh = [
+            functools.partial(torch.empty, x.shape, dtype=x.dtype, device=x.device) for x in fresh
         ]
         self._returns_tuple = isinstance(launch.out, tuple)
-        # Where each kernel pointer comes from: an argument, an output or nothing.
-        given = (*args, *outs, None)
-        self._sources = [_index(given, tensor) for tensor in launch.tensors]
+        slots = {id(tensor): _Slot(i) for i, tensor in enumerate((*given, *fresh))}
+        self._kernels = [
+            _BoundKernel(one, kernel, slots)
+            for one, kernel in zip(_chain(launch), compiled, strict=True)
+        ]
 
-    def __call__(self, args: tuple[Any, ...]) -> Tensor | tuple[Tensor, ...] | None:
-        outs = [empty() for empty in self._outs] if self._outs else ()
-        given = (*args, *outs, None)
-        pointers = [t if (t := given[i]) is None else t.data_ptr() for i in self._sources]
+    def __call__(self, pointers: list[int]) -> Tensor | tuple[Tensor, ...] | None:
+        fresh = [empty() for empty in self._fresh] if self._fresh else ()
+        if fresh:
+            pointers += map(Tensor.data_ptr, fresh)
         if torch._C._cuda_getDevice() == self._device:
             self._launch(pointers)
         else:
             with torch.cuda.device(self._device):
                 self._launch(pointers)
         if self._returns_tuple:
-            return tuple(outs)
-        return outs[0] if outs else None
+            return tuple(fresh[: self._returned])
+        return fresh[0] if self._returned else None
 
-    def _launch(self, pointers: list[int | None]) -> None:
+    def _launch(self, pointers: list[int]) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        self._run(*self._grid, stream, *self._function, *pointers, *self._rest)
+        for kernel in self._kernels:
+            kernel(stream, pointers)
+
+
+class _BoundKernel:
+    """One compiled kernel with all its arguments but the stream and the pointers."""
+
+    def __init__(self, launch: Launch, compiled: Any, slots: dict[int, _Slot]) -> None:
+        self._grid = (*launch.grid, 1, 1)[:3]
+        self._run, self._function = _entry(compiled)
+        self._pointers = _template(launch.tensors, slots)
+        self._rest = (*launch.scalars, *launch.constexprs)
+
+    def __call__(self, stream: int, pointers: list[int]) -> None:
+        filled = _fill(self._pointers, pointers)
+        self._run(*self._grid, stream, *self._function, *filled, *self._rest)
+
+
+def _template(args: tuple[Any, ...], slots: dict[int, _Slot]) -> tuple[Any, ...]:
+    """Return `args` with a slot for each tensor."""
+    return tuple(
+        _template(arg, slots) if isinstance(arg, tuple) else slots.get(id(arg), arg) for arg in args
+    )
+
+
+def _fill(template: tuple[Any, ...], pointers: list[int]) -> tuple[Any, ...]:
+    """Return the template with each slot's pointer."""
+    return tuple(
+        [
+            pointers[arg]
+            if arg.__class__ is _Slot
+            else _fill(arg, pointers)
+            if arg.__class__ is tuple
+            else arg
+            for arg in template
+        ]
+    )
+
+
+def _has_descriptors(launch: Launch) -> bool:
+    """Return whether a launch takes tensor descriptors, which hold addresses: Triton makes them."""
+    args = (arg for one in _chain(launch) for arg in one.tensors)
+    return any(hasattr(arg, "block_shape") for arg in args)
+
+
+def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    """Yield the tensors among nested arguments."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from _tensors(arg)
 
 
 def _entry(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
@@ -183,10 +265,6 @@ def _entry(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
     return run, (compiled.function, compiled.packed_metadata, *hooks)
 
 
-def _aligned(tensors: tuple[Tensor, ...]) -> bool:
-    return functools.reduce(operator.or_, map(Tensor.data_ptr, tensors), 0) % 16 == 0
-
-
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     described = [
         (a.dtype, a.shape, a.stride(), a.get_device(), a.data_ptr() % 16)
@@ -197,14 +275,14 @@ def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return (*described, *kwargs.items())
 
 
-def _index(given: tuple[Any, ...], tensor: Tensor | None) -> int:
-    return next(i for i, candidate in enumerate(given) if candidate is tensor)
-
-
 def _is_hooked(kernel: JITFunction[Any]) -> bool:
     """Return whether somebody, a profiler say, wants to see the launches of `kernel`."""
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(getattr(hook, "calls", hook) for hook in hooks) or bool(kernel.pre_run_hooks)
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # A chain of hooks has `calls`; a function that was put in its place has not.
+    return bool(
+        getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks
+    )
 
 
 @functools.cache

@@ -1,15 +1,36 @@
 from __future__ import annotations
 
+import itertools
+import random
+from typing import Any, NamedTuple
+
 import pytest
 import torch
-from paged import HAS_BF16_DOT, LAYOUTS, Batch, assert_as_accurate, make_batch
+from paged import (
+    HAS_BF16_DOT,
+    LAYOUTS,
+    MODIFIERS,
+    SCALES,
+    Batch,
+    assert_as_accurate,
+    make_batch,
+    make_caches,
+    make_modifiers,
+    make_scales,
+    options_on,
+)
+from torch import Tensor
 
+import torch_tkv
 from torch_tkv import reference
 from torch_tkv.kernels import paged_attention as kernel
+from torch_tkv.kernels.attention_tiles import Plan
+from torch_tkv.kernels.device import Device
 from torch_tkv.kernels.launcher import run
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
+HAS_GPU = torch.cuda.is_available()
 DTYPES = [
     torch.float32,
     torch.float16,
@@ -20,52 +41,186 @@ DTYPES = [
         ),
     ),
 ]
-MIXED = ([5, 33, 20, 0, 70], [1, 4, 0, 0, 40])
+# The interpreter takes a few. Random calls cover more pairs of these, and other dtypes.
+HALF = torch.bfloat16 if HAS_BF16_DOT else torch.float16
+HEADS = [(71, 1), (14, 2)]
+SIZES = [(46, 46), (96, 64), (256, 256)]
+BLOCK_SIZES = [3, 256]
+if HAS_GPU:
+    HEADS += [(1, 1), (8, 1), (28, 4), (64, 8)]
+    SIZES += [(d, d) for d in (8, 64, 80, 112, 128, 192)] + [(192, 128), (64, 256)]
+    BLOCK_SIZES += [1, 2, 16, 32, 64, 128]
+FLOAT8S = [torch.float8_e4m3fn, torch.float8_e5m2]
+# Dtypes of a cache of 8 bits and kinds of its scales. The interpreter misreads float8.
+CODES = [(torch.int8, "per token and head")]
+if HAS_GPU:
+    CODES += [(dtype, kind) for dtype in FLOAT8S for kind in (None, *SCALES)]
+# Lengths and query lengths of batches with few new tokens, with few and many, with many only.
+FEW = ([5, 33, 20, 0, 70, 9, 2], [1, 4, 0, 0, 12, 1, 3])
+MIXED = ([5, 33, 0, 70, 2], [1, 4, 0, 75, 3])
+PROMPT = ([50], [40])
 
 
-def launch(*args, **kwargs):
+def launch(*args: Any, **kwargs: Any) -> Any:
     return run(kernel.prepare(*args, **kwargs))
 
 
 def assert_kernel_is_as_accurate_as_reference(
-    batch: Batch, device: str, *, scale: float = 0.2, causal: bool = True
+    batch: Batch, device: str, *, scale: float = 0.2, **options: Any
 ) -> None:
-    out = launch(*batch.to(device), scale, causal=causal)
-    expected = reference.paged_attention(*batch, scale, causal=causal)
-    exact = reference.paged_attention(*batch.double(), scale, causal=causal)
-    assert out.dtype == batch.query.dtype
+    batch, options = batch.to(device), options_on(device, options)
+    out = launch(*batch, scale, **options)
+    expected = reference.paged_attention(*batch, scale, **options)
+    assert out.dtype == expected.dtype
+    output_scale = options.pop("output_scale", None)
+    exact = reference.paged_attention(*batch.double(), scale, **options)
+    if output_scale is not None:
+        out, exact = out.float(), (exact / output_scale).clamp(-448, 448)
     assert_as_accurate(out, expected, exact)
 
 
-@pytest.mark.parametrize("causal", [True, False])
+class Space(NamedTuple):
+    """What random calls are drawn from."""
+
+    heads: list[tuple[int, int]]
+    sizes: list[tuple[int, int]]
+    block_sizes: list[int]
+    dtypes: list[torch.dtype]
+    codes: list[tuple[torch.dtype, str | None]]
+    longest_context: int
+    longest_prefill: int
+    most_sequences: int
+
+
+FEW_HEADS = [(1, 1), (2, 1), (4, 1), (4, 4), (7, 1), (8, 1)]
+SPACE = Space(
+    heads=HEADS + FEW_HEADS if HAS_GPU else FEW_HEADS,
+    sizes=[(8, 8), (16, 16), (24, 16), (16, 40), (46, 46), *(SIZES if HAS_GPU else ())],
+    block_sizes=BLOCK_SIZES if HAS_GPU else [1, 3, 8, 16],
+    dtypes=[torch.float32, torch.float16, *([torch.bfloat16] if HAS_BF16_DOT else ())],
+    codes=CODES,
+    longest_context=2000 if HAS_GPU else 60,
+    longest_prefill=500 if HAS_GPU else 30,
+    most_sequences=8 if HAS_GPU else 3,
+)
+
+
+def random_call(seed: int, space: Space) -> tuple[Batch, dict[str, Any]]:
+    """Return a random batch and random options."""
+    rng = random.Random(seed)
+    forms = {
+        "nothing": lambda: 0,
+        "decode": lambda: 1,
+        "drafts": lambda: rng.randint(2, 16),
+        "prefill": lambda: rng.randint(17, space.longest_prefill),
+    }
+    present = rng.choice([["decode"], ["drafts"], ["prefill"], list(forms)])
+    count = rng.randint(1, space.most_sequences)
+    query_lens = [forms[rng.choice(present)]() for _ in range(count)]
+    contexts = [rng.choice([0, rng.randint(1, space.longest_context)]) for _ in range(count)]
+    seq_lens = [n + context for n, context in zip(query_lens, contexts, strict=True)]
+    if rng.random() < 0.1:
+        seq_lens[0] //= 2  # fewer keys than queries
+
+    causal = rng.random() < 0.8
+    window = rng.choice([None, None, 1, 7, 64, 1000]) if causal else None
+    cache_dtype, scales = rng.choice([(None, None), rng.choice(space.codes)])
+    size, value_size = rng.choice(space.sizes)
+    layouts = [layout for layout in LAYOUTS if size == value_size or layout[0] != "["]
+    batch = make_batch(
+        seq_lens,
+        query_lens,
+        heads=rng.choice(space.heads),
+        head_size=size,
+        value_size=value_size,
+        block_size=rng.choice(space.block_sizes),
+        layout=rng.choice(layouts),
+        dtype=rng.choice(space.dtypes),
+        cache_dtype=cache_dtype,
+        index_dtype=rng.choice([torch.int32, torch.int64]),
+        padding=rng.choice([0, 5]),
+        window=window,
+    )
+    modifiers = [name for name in MODIFIERS if rng.random() < 0.3]
+    options = make_modifiers(batch, modifiers, width=rng.choice([0, 3, 16]))
+    options |= make_scales(batch, scales, window=window)
+    if HAS_GPU and rng.random() < 0.2:
+        options["output_scale"] = torch.tensor(rng.choice([0.01, 0.3]))
+    return batch, options | {"causal": causal, "window": window}
+
+
+@pytest.mark.parametrize("seed", range(100 if HAS_GPU else 8))
+def test_a_random_call_is_right(device: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    batch, options = random_call(seed, SPACE)
+    assert_kernel_is_as_accurate_as_reference(batch, device, **options)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_mixed_batch_is_right_in_every_layout(
-    device: str, layout: str, dtype: torch.dtype, causal: bool
+    device: str, layout: str, dtype: torch.dtype
 ) -> None:
     batch = make_batch(*MIXED, layout=layout, dtype=dtype, block_size=8, padding=3)
-    assert_kernel_is_as_accurate_as_reference(batch, device, causal=causal)
-
-
-@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (8, 1), (71, 1), (14, 2)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_any_group_of_query_heads_is_right(
-    device: str, heads: tuple[int, int], dtype: torch.dtype
-) -> None:
-    for query_lens in (MIXED[1], [1, 1, 1, 0, 1]):
-        batch = make_batch(MIXED[0], query_lens, heads=heads, dtype=dtype)
-        assert_kernel_is_as_accurate_as_reference(batch, device)
-
-
-@pytest.mark.parametrize("sizes", [(8, 8), (46, 46), (80, 80), (96, 64), (192, 128), (256, 256)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_any_head_size_is_right(device: str, sizes: tuple[int, int], dtype: torch.dtype) -> None:
-    batch = make_batch(*MIXED, head_size=sizes[0], value_size=sizes[1], dtype=dtype)
     assert_kernel_is_as_accurate_as_reference(batch, device)
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 16, 64, 256])
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("form", "causal"), [(FEW, False), (MIXED, True), (PROMPT, False)])
+@pytest.mark.parametrize("names", [*((name,) for name in MODIFIERS), MODIFIERS])
+def test_every_modifier_alone_and_together_is_right(
+    device: str, names: tuple[str, ...], form, causal: bool
+) -> None:
+    batch = make_batch(*form, block_size=8, padding=3)
+    options = make_modifiers(batch, names)
+    assert_kernel_is_as_accurate_as_reference(batch, device, causal=causal, **options)
+
+
+@pytest.mark.parametrize("form", [FEW, MIXED])
+@pytest.mark.parametrize("window", [1, 13, 64])
+def test_keys_before_the_window_are_not_seen_and_may_be_anything(
+    device: str, window: int, form
+) -> None:
+    batch = make_batch(*form, block_size=8, window=window)
+    assert_kernel_is_as_accurate_as_reference(batch, device, window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("cache_dtype", "kind"), CODES)
+def test_caches_of_8_bits_are_right_with_every_kind_of_scale(
+    device: str, dtype: torch.dtype, cache_dtype: torch.dtype, kind: str | None
+) -> None:
+    sizes = {"head_size": 48, "layout": "packed", "block_size": 8}
+    batch = make_batch(*MIXED, **sizes, dtype=dtype, cache_dtype=cache_dtype)
+    assert_kernel_is_as_accurate_as_reference(batch, device, **make_scales(batch, kind))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", [FEW, MIXED])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("output_scale", [0.01, 0.4, 1e-6])
+def test_an_output_scale_divides_saturates_and_rounds_to_float8(
+    dtype: torch.dtype, output_scale: float, form
+) -> None:
+    batch = make_batch(*form, dtype=dtype, padding=3)
+    options = {"output_scale": torch.tensor(output_scale)}
+    assert_kernel_is_as_accurate_as_reference(batch, "cuda", **options)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_any_group_of_query_heads_is_right(device: str, heads: tuple[int, int]) -> None:
+    batch = make_batch(*MIXED, heads=heads, dtype=HALF)
+    assert_kernel_is_as_accurate_as_reference(batch, device)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_any_head_size_is_right(device: str, sizes: tuple[int, int]) -> None:
+    batch = make_batch(*MIXED, head_size=sizes[0], value_size=sizes[1], dtype=HALF)
+    assert_kernel_is_as_accurate_as_reference(batch, device)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "index_dtype"), zip(BLOCK_SIZES, itertools.cycle([torch.int32, torch.int64]))
+)
 def test_any_block_size_and_index_dtype_is_right(
     device: str, block_size: int, index_dtype: torch.dtype
 ) -> None:
@@ -73,26 +228,57 @@ def test_any_block_size_and_index_dtype_is_right(
     assert_kernel_is_as_accurate_as_reference(batch, device)
 
 
-def test_strided_queries_and_indices_are_followed(device: str) -> None:
+def test_strided_queries_indices_and_biases_are_followed(device: str) -> None:
     batch = make_batch(*MIXED)
     columns = [torch.stack((x, x + 10**6), -1)[..., 0] for x in batch[3:]]
     query = torch.cat((batch.query, batch.query + 1), -1)[..., :16]
     strided = Batch(query, *batch[1:3], *columns)
     assert all(not tensor.is_contiguous() for tensor in (query, *columns))
-    assert_kernel_is_as_accurate_as_reference(strided, device)
+    bias = torch.randn(query.shape[0], 9)[:, 2:6]
+    assert_kernel_is_as_accurate_as_reference(strided, device, query_bias=bias)
 
 
-def test_many_sequences_find_their_tiles(device: str) -> None:
-    lens = torch.randint(0, 4, (1100,)).tolist()
+@pytest.mark.parametrize("most", [1, 4])
+@pytest.mark.parametrize("seqs", [300, 1100] if HAS_GPU else [20])
+def test_many_sequences_find_their_tiles(device: str, seqs: int, most: int) -> None:
+    lens = torch.randint(0, most + 1, (seqs,)).tolist()
     batch = make_batch([n + 2 for n in lens], lens, heads=(1, 1), block_size=4, padding=70)
     assert_kernel_is_as_accurate_as_reference(batch, device)
 
 
-def test_an_empty_batch_and_an_empty_query_give_empty_or_zero_outputs(device: str) -> None:
+def test_an_empty_batch_gives_an_empty_output(device: str) -> None:
     batch = make_batch([], []).to(device)
     assert launch(*batch, 1.0).shape == (0, 4, 16)
     padded = batch._replace(query=torch.randn(5, 4, 16, device=device))
     assert (launch(*padded, 1.0) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("seq_lens", "query_lens"), [([0, 0], [1, 1]), ([0, 0], [30, 3]), ([9, 9], [0, 0])]
+)
+def test_sequences_without_keys_or_queries_give_zeros(device: str, seq_lens, query_lens) -> None:
+    batch = make_batch(seq_lens, query_lens, padding=4).to(device)
+    assert (launch(*batch, 1.0) == 0).all()
+
+
+@pytest.mark.parametrize("query_lens", [[5, 1], [40, 1]])
+@pytest.mark.parametrize("sink", [-torch.inf, 1000.0])
+def test_queries_that_see_no_key_give_zeros_whatever_the_sinks_are(
+    device: str, query_lens: list[int], sink: float
+) -> None:
+    batch = make_batch([2, 0], query_lens).to(device)
+    sinks = torch.full((4,), sink, device=device)
+    out = launch(*batch, 0.2, sinks=sinks)
+    torch.testing.assert_close(out, reference.paged_attention(*batch, 0.2, sinks=sinks))
+    hidden = torch.full((sum(query_lens), 40), -torch.inf, device=device)
+    assert (launch(*batch, 0.2, sinks=sinks, query_bias=hidden) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks_have_any_float_dtype(device: str, dtype: torch.dtype) -> None:
+    batch = make_batch(*FEW, dtype=torch.float16)
+    sinks = torch.randn(4).to(dtype)
+    assert_kernel_is_as_accurate_as_reference(batch, device, sinks=sinks)
 
 
 def test_large_scores_do_not_overflow(device: str) -> None:
@@ -100,32 +286,227 @@ def test_large_scores_do_not_overflow(device: str) -> None:
     assert_kernel_is_as_accurate_as_reference(batch, device, scale=300.0)
 
 
-@pytest.mark.parametrize("garbage", [-1, -(2**31), 2**31 - 1, 9])
-def test_garbage_indices_read_nothing_outside_the_caches(device: str, garbage: int) -> None:
-    """A block that is no block of the cache is not read: its guard regions hold NaN."""
-    batch = make_batch(*MIXED, block_size=8).to(device)
-    finite = [torch.nan_to_num(cache) for cache in batch[1:3]]
-    n = finite[0].shape[0]
-    guarded = [torch.full((3 * n, *c.shape[1:]), torch.nan, device=device) for c in finite]
-    for guard, cache in zip(guarded, finite, strict=True):
-        guard[n : 2 * n] = cache
-    caches = [guard[n : 2 * n] for guard in guarded]
-    wild = torch.full_like(batch.block_table, n if garbage == 9 else garbage)
-    table = torch.where(torch.rand(wild.shape, device=device) < 0.5, wild, batch.block_table)
-    out = launch(batch.query, *caches, table, *batch[4:], 0.2)
-    assert not out.isnan().any()
-    for indices in (torch.full_like(batch.seq_lens, garbage), batch.seq_lens):
-        starts = torch.full_like(batch.query_start_loc, garbage)
-        launch(batch.query, *caches, table, indices, starts, 0.2)
-    lens = torch.full_like(batch.seq_lens, garbage)
-    assert not launch(batch.query, *caches, table, lens, batch[5], 0.2).isnan().any()
+def test_a_query_of_nan_gives_nan_and_leaves_the_others_alone(device: str) -> None:
+    batch = make_batch(*MIXED)
+    batch.query[0, 0] = torch.nan
+    batch.query[20, 1] = torch.nan
+    out = launch(*batch.to(device), 0.2).isnan()
+    assert out[0, 0].all()
+    assert out[20, 1].all()
+    assert out.sum() == 2 * 16
 
 
-def test_the_plan_packs_a_group_of_heads_into_the_rows_of_a_tile() -> None:
-    shape = {"seqs": 4, "kv_heads": 8, "head_size": 128, "value_size": 128, "bits": 16}
-    decode = kernel.plan(tokens=4, group=4, **shape)
-    assert (decode.grid, decode.BLOCK_M, decode.BLOCK_Q) == ((8, 6), 16, 4)
-    prefill = kernel.plan(tokens=1000, group=4, **shape)
-    assert (prefill.grid, prefill.BLOCK_M, prefill.BLOCK_Q) == ((8, 67), 64, 16)
-    odd = kernel.plan(tokens=1000, group=71, **shape)
-    assert (odd.grid, odd.BLOCK_M, odd.BLOCK_Q) == ((8, 1005), 128, 1)
+def guarded(batch: Batch) -> Batch:
+    """Return a batch of finite caches that lie between guard regions of NaN."""
+    caches = []
+    for cache in batch[1:3]:
+        n = cache.shape[0]
+        guard = cache.new_full((3 * n, *cache.shape[1:]), torch.nan)
+        guard[n : 2 * n] = torch.nan_to_num(cache, posinf=0.0, neginf=0.0)
+        caches.append(guard[n : 2 * n])
+    return batch._replace(key_cache=caches[0], value_cache=caches[1])
+
+
+@pytest.mark.parametrize("garbage", [-1, 2**31 - 1, 2**62, -(2**63), None])
+def test_a_block_outside_the_cache_reads_as_zeros(device: str, garbage: int | None) -> None:
+    """None is the first block behind the cache."""
+    batch = guarded(make_batch(*MIXED, block_size=8, index_dtype=torch.int64).to(device))
+    n = batch.key_cache.shape[0]
+    wild = torch.full_like(batch.block_table, n if garbage is None else garbage)
+    spoilt = torch.rand(wild.shape, device=device) < 0.5
+    table = torch.where(spoilt, wild, batch.block_table)
+    out = launch(*batch._replace(block_table=table), 0.2)
+    padded = [torch.cat((c, torch.zeros_like(c[:1]))) for c in batch[1:3]]
+    zeros = torch.where(spoilt, torch.full_like(wild, n), batch.block_table)
+    expected = reference.paged_attention(batch.query, *padded, zeros, *batch[4:], 0.2)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("garbage", [-1, 2**31 - 1, 2**62, -(2**63)] if HAS_GPU else [2**62])
+def test_garbage_lengths_and_starts_read_nothing_outside_the_caches(
+    device: str, garbage: int
+) -> None:
+    batch = guarded(make_batch(*MIXED, block_size=8, index_dtype=torch.int64).to(device))
+    n = batch.key_cache.shape[0]
+    batch = batch._replace(block_table=batch.block_table.clamp(0, n - 1))
+    wild = torch.full_like(batch.seq_lens, garbage)
+    assert not launch(*batch._replace(seq_lens=wild), 0.2).isnan().any()
+    starts = torch.full_like(batch.query_start_loc, garbage)
+    some = starts.where(torch.rand(starts.shape, device=device) < 0.5, batch.query_start_loc)
+    for query_start_loc in (starts, some, batch.query_start_loc.flip(0)):
+        launch(*batch._replace(query_start_loc=query_start_loc), 0.2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("query_lens", [[1] * 9, [4] * 9, [300] * 9, [1] * 7 + [300, 5]])
+def test_results_are_identical_from_run_to_run(query_lens: list[int]) -> None:
+    seq_lens = [5000, 300, 301, 17, 2000, 900, 16, 5001, 5]
+    seq_lens = [max(pair) for pair in zip(seq_lens, query_lens, strict=True)]
+    batch = make_batch(seq_lens, query_lens, heads=(32, 8), head_size=128, dtype=torch.bfloat16).to(
+        "cuda"
+    )
+    out = torch_tkv.paged_attention(*batch)
+    for _ in range(200):
+        assert torch.equal(torch_tkv.paged_attention(*batch), out)
+
+
+class Step:
+    """One attention layer of a step: writes new keys and values, then attends."""
+
+    def __init__(self, tokens: int, seqs: int, *, window: int | None) -> None:
+        self.num_blocks, self.block_size, self.window = 80, 16, window
+        self.query = torch.randn(tokens, 8, 64, device="cuda").bfloat16()
+        self.key, self.value = torch.randn(2, tokens, 2, 64, device="cuda").bfloat16()
+        self.caches = make_caches(
+            "HND", self.num_blocks, 16, 2, 64, dtype=torch.bfloat16, device="cuda"
+        )
+        self.slots = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+        self.table = torch.zeros(seqs, 40, dtype=torch.int32, device="cuda")
+        self.seq_lens = torch.zeros(seqs, dtype=torch.int32, device="cuda")
+        self.starts = torch.zeros(seqs + 1, dtype=torch.int32, device="cuda")
+
+    def __call__(self, caches: tuple[Tensor, Tensor]) -> Tensor:
+        torch_tkv.reshape_and_cache(self.key, self.value, *caches, self.slots)
+        return torch_tkv.paged_attention(
+            self.query, *caches, self.table, self.seq_lens, self.starts, window=self.window
+        )
+
+    def change(self, rng: random.Random) -> None:
+        """Put other contents into all inputs, in place."""
+        tokens, seqs = self.query.shape[0], self.seq_lens.shape[0]
+        cuts = sorted(rng.randint(0, tokens) for _ in range(seqs))
+        if tokens == seqs and rng.random() < 0.8:
+            cuts = list(range(1, seqs + 1))  # decode
+        counts = [end - start for start, end in zip([0, *cuts], cuts, strict=False)]
+        longest = self.table.shape[1] * self.block_size
+        lengths = [min(n + rng.choice([0, rng.randint(0, longest)]), longest) for n in counts]
+        slots = torch.randperm(self.num_blocks * self.block_size)[:tokens]
+        slots[torch.rand(tokens) < 0.1] = -1
+        self.query.normal_()
+        self.key.normal_()
+        self.value.normal_()
+        self.slots.copy_(slots)
+        self.table.copy_(torch.randint(self.num_blocks, self.table.shape))
+        self.seq_lens.copy_(torch.tensor(lengths))
+        self.starts.copy_(torch.tensor([0, *cuts]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("tokens", "seqs"), [(6, 6), (24, 6), (400, 6)])
+def test_a_thousand_replays_of_one_graph_equal_eager_calls(
+    tokens: int, seqs: int, window: int | None
+) -> None:
+    step, rng = Step(tokens, seqs, window=window), random.Random(0)
+    step(step.caches)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(step.caches)
+    for _ in range(1000):
+        step.change(rng)
+        caches = tuple(cache.clone() for cache in step.caches)
+        expected = step(caches)
+        graph.replay()
+        assert torch.equal(out, expected)
+    for cache, written in zip(step.caches, caches, strict=True):
+        assert torch.equal(cache, written)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_two_streams_run_the_operator_at_once(captured: bool) -> None:
+    batches = [
+        make_batch(
+            [4096, 3000, 5000, 64], query_lens, heads=(32, 8), head_size=128, dtype=torch.bfloat16
+        ).to("cuda")
+        for query_lens in ([1, 1, 1, 1], [1, 200, 1, 5])
+    ]
+    expected = [torch_tkv.paged_attention(*batch) for batch in batches]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in batches]
+    graphs, outs = [torch.cuda.CUDAGraph() for _ in batches], []
+    for batch, graph in zip(batches, graphs, strict=True):
+        with torch.cuda.graph(graph):
+            outs.append(torch_tkv.paged_attention(*batch))
+    for _ in range(20):
+        results: list[list[Tensor]] = [[], []]
+        for _ in range(20):
+            for i, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    if captured:
+                        graphs[i].replay()
+                        results[i].append(outs[i].clone())
+                    else:
+                        results[i].append(torch_tkv.paged_attention(*batches[i]))
+        torch.cuda.synchronize()
+        for right, got in zip(expected, results, strict=True):
+            assert all(torch.equal(out, right) for out in got)
+
+
+BASE = Plan(
+    page=16,
+    group=4,
+    size=128,
+    value_size=128,
+    key_strides=(16384, 1024, 128),
+    value_strides=(16384, 1024, 128),
+    causal=True,
+    window=None,
+    softcap=None,
+    block_d=128,
+    block_dv=128,
+)
+H200 = Device(arch=90, processors=132)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seqs", "decode", "prefill"),
+    [
+        (32, 32, True, False),
+        (1, 1, True, False),
+        (128, 32, True, False),
+        (16, 1, True, False),
+        (1024, 1, False, True),
+        (1025, 9, True, True),
+        (0, 0, True, False),
+    ],
+)
+def test_a_part_is_launched_where_the_shapes_call_for_it(
+    tokens: int, seqs: int, decode: bool, prefill: bool
+) -> None:
+    assert kernel.parts(tokens, seqs) == (decode, prefill)
+
+
+def plan_decode(**sizes: int) -> Plan:
+    sizes = {"tokens": 32, "seqs": 32, "kv_heads": 8, "bits": 16, "max_keys": 4096} | sizes
+    base = BASE._replace(group=sizes.pop("group", 4))
+    return kernel.plan_decode(base, H200, **sizes).plan
+
+
+def test_the_decoding_grid_is_one_wave() -> None:
+    for kv_heads, workers in ((8, 33), (4, 66), (1, 264), (16, 16), (13, 20)):
+        assert plan_decode(kv_heads=kv_heads).workers == workers
+    assert plan_decode(tokens=1, seqs=1, max_keys=1024).workers == 16
+    assert plan_decode(kv_heads=1000).workers == 1
+
+
+def test_the_heads_of_a_group_and_the_new_tokens_share_a_tile() -> None:
+    plan = plan_decode()
+    assert (plan.block_m, plan.block_q, plan.block_n, plan.max_queries) == (16, 4, 64, None)
+    drafts = plan_decode(tokens=128, group=8)
+    assert (drafts.block_m, drafts.block_q) == (32, 4)
+    odd = plan_decode(group=71)
+    assert (odd.block_m, odd.block_q) == (128, 1)
+    mixed = plan_decode(tokens=1025, seqs=9)
+    assert (mixed.block_m, mixed.max_queries) == (16, kernel.MAX_DECODED)
+    assert plan_decode(bits=8).block_n == 128
+
+
+def test_prefill_takes_the_tiles_that_fit_the_gpu() -> None:
+    sizes = {"tokens": 1024, "seqs": 1, "bits": 16}
+    hopper = kernel.plan_prefill(BASE, H200, **sizes, hopper=True)
+    assert (hopper.plan.block_m, hopper.plan.block_n, hopper.num_warps) == (128, 128, 4)
+    large = kernel.plan_prefill(BASE, H200, **sizes)
+    assert (large.plan.block_m, large.plan.block_n, large.num_warps) == (128, 64, 8)
+    small = kernel.plan_prefill(BASE, Device(arch=89, processors=100), **sizes)
+    assert (small.plan.block_m, small.plan.block_n, small.num_warps) == (64, 64, 4)

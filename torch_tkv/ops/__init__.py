@@ -3,7 +3,9 @@
 from torch_tkv.ops.concat_and_cache_mla import concat_and_cache_mla
 from torch_tkv.ops.copy_blocks import copy_blocks
 from torch_tkv.ops.gather_cache import gather_cache
+from torch_tkv.ops.merge_attention_states import merge_attention_states
 from torch_tkv.ops.paged_attention import paged_attention
+from torch_tkv.ops.paged_attention_lse import paged_attention_lse
 from torch_tkv.ops.qk_norm_rope_reshape_and_cache import qk_norm_rope_reshape_and_cache
 from torch_tkv.ops.reshape_and_cache import reshape_and_cache
 from torch_tkv.ops.reshape_and_cache_dynamic import reshape_and_cache_dynamic
@@ -16,7 +18,9 @@ __all__ = [
     "concat_and_cache_mla",
     "copy_blocks",
     "gather_cache",
+    "merge_attention_states",
     "paged_attention",
+    "paged_attention_lse",
     "qk_norm_rope_reshape_and_cache",
     "reshape_and_cache",
     "reshape_and_cache_dynamic",
