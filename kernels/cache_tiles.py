@@ -5,9 +5,20 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # The largest finite value of a cache dtype that saturates; None for those that round to infinity.
 SATURATES_AT = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+
+
+def as_slots(*caches: Tensor) -> tuple[Tensor, ...]:
+    """Return caches [N, P, ...] as [N * P, 1, ...], if blocks adjoin in all of them.
+
+    A slot of a block of one needs no division to be found.
+    """
+    if all(cache.stride(0) == cache.shape[1] * cache.stride(1) for cache in caches):
+        return tuple(cache.flatten(0, 1).unsqueeze(1) for cache in caches)
+    return caches
 
 
 @triton.jit
@@ -19,13 +30,15 @@ def find_slot(
     num_slots,  # N * P
     WRAP: tl.constexpr,
 ):
-    """Return the slot of `token`, or -1 where it is not to be written."""
+    """Return the slot of `token`, or -1 where it is not to be written; an integer as num_slots."""
     mapped = token < num_mapped
     slot = tl.load(slot_mapping + token * stride, mask=mapped, other=-1).to(tl.int64)
     if WRAP:
         slot = tl.where(mapped & (slot < 0), slot + num_slots, slot)
     tl.device_assert(slot < num_slots, "slot_mapping: a slot lies outside the cache")
-    return tl.where((slot >= 0) & (slot < num_slots), slot, -1)
+    # What is negative is beyond num_slots when taken as unsigned.
+    inside = slot.to(tl.uint64) < num_slots.to(tl.uint64)
+    return tl.where(inside, slot.to(num_slots.dtype), -1)
 
 
 @triton.jit
@@ -46,24 +59,32 @@ def load_rows(
 
 
 @triton.jit
+def find_rows(
+    slot,  # [tokens, 1, 1], -1 for none
+    head,  # [1, heads, 1]
+    strides,  # of blocks, slots and heads
+    P: tl.constexpr,
+):
+    """Return where in a cache the rows [tokens, heads, 1] start."""
+    row = (slot // P).to(tl.int64) * strides[0] + (slot % P).to(tl.int64) * strides[1]
+    return row + head.to(tl.int64) * strides[2]
+
+
+@triton.jit
 def store_rows(
     x,  # [tokens, heads, dims]
-    cache,  # [N, P, Hkv, D / X, X]
+    cache,  # [N, P, Hkv, D]
     slot,  # [tokens, 1, 1], -1 where nothing is to be written
     head,  # [1, heads, 1]
-    inside,  # [tokens, heads, 1]
-    strides,  # of blocks, slots, heads and chunks of X elements
+    inside,  # [tokens, heads, 1], or [1, heads, 1]
+    strides,  # of blocks, slots and heads
     P: tl.constexpr,
     SIZE: tl.constexpr,
-    X: tl.constexpr,  # None where a head is one chunk
 ):
     """Store a tile that has the dtype of `cache` into its slots."""
     dim = tl.arange(0, x.shape[2])[None, None, :]
-    row = (slot // P) * strides[0] + (slot % P) * strides[1] + head.to(tl.int64) * strides[2]
-    element = dim
-    if X is not None:
-        element = (dim // X).to(tl.int64) * strides[3] + dim % X
-    tl.store(cache + row + element, x, mask=inside & (slot >= 0) & (dim < SIZE))
+    place = cache + find_rows(slot, head, strides, P) + dim
+    tl.store(place, x, mask=inside & (slot >= 0) & (dim < SIZE))
 
 
 @triton.jit
@@ -77,11 +98,36 @@ def to_cache(
     SATURATES_AT: tl.constexpr,
 ):
     """Return `x / scale`, saturated, rounded once to the dtype of a cache."""
+    factor = load_scale(scale, scale_stride, head, inside)
+    return divide_to_cache(x, factor, DTYPE, SATURATES_AT)
+
+
+@triton.jit
+def load_scale(
+    scale,  # None, or a pointer to float32 [] or [Hkv]
+    stride,  # None or 0 where all heads share a scale
+    head,  # [..., heads, 1]
+    inside,  # [..., heads, 1]
+):
+    """Return the scale [..., heads, 1] of heads, or the scalar that they share, or None."""
+    factor = None
     if scale is not None:
-        if scale_stride is None:
+        if stride is None:
             factor = tl.load(scale)
         else:
-            factor = tl.load(scale + head * scale_stride, mask=inside, other=1.0)
+            factor = tl.load(scale + head * stride, mask=inside, other=1.0)
+    return factor
+
+
+@triton.jit
+def divide_to_cache(
+    x,  # [..., heads, dims] float
+    factor,  # as of load_scale
+    DTYPE: tl.constexpr,
+    SATURATES_AT: tl.constexpr,
+):
+    """Return `x / factor`, saturated, rounded once to the dtype of a cache."""
+    if factor is not None:
         x = tl.div_rn(x.to(tl.float32), tl.broadcast_to(factor, x.shape))
     if SATURATES_AT is not None:
         limit: tl.constexpr = SATURATES_AT

@@ -19,7 +19,7 @@ def prepare(
 ) -> Launch:
     """Describe the launch of a write; arguments as in `torch_tkv.concat_and_cache_mla`."""
     latent, rope = kv_c.unsqueeze(1), k_pe.unsqueeze(1)
-    views = kv_cache[:, :, None, None].split((kv_c.shape[1], k_pe.shape[1]), -1)
+    views = kv_cache[:, :, None].split((kv_c.shape[1], k_pe.shape[1]), -1)
     keys, values = (Cache(kv_cache, view) for view in views)
     launch = prepare_write(latent, rope, keys, values, slot_mapping, scale, scale, wrap)
     # A launch is repeated with the pointers of the operator's own arguments.

@@ -45,6 +45,11 @@ HALF = gl.constexpr(64)  # columns of 16 bits: what one box of the TMA may be wi
 CONSUMER_REGISTERS = gl.constexpr(232)
 
 
+# Two names that Gluon changed: in Triton 3.7 and in 3.9.
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
 class Ring(NamedTuple):
     """Stages of shared memory that the producer fills and the consumers empty."""
 
@@ -67,6 +72,16 @@ class Tile(NamedTuple):
     num_heads: Any
     blocks: Any
     walk: Any
+
+
+@gluon.jit
+def _matrices(memory, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Return shared memory as matrices that follow each other."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    if _REINTERPRETS:
+        return memory.reinterpret(memory.dtype, [COUNT, ROWS, COLUMNS], LAYOUT)
+    else:
+        return memory._reinterpret(memory.dtype, [COUNT, ROWS, COLUMNS], LAYOUT)
 
 
 @gluon.jit
@@ -159,10 +174,10 @@ def _clear_unread(ring, step, tile, position, BEFORE: gl.constexpr, plan: gl.con
         cleared = row < slot % SLOTS if BEFORE else row >= slot % SLOTS
         for half in gl.static_range(HALVES):
             box = ring.v_boxes.index(((step % STAGES) * HALVES + half) * BOXES + slot // SLOTS)
-            box = box._reinterpret(box.dtype, [SLOTS, HALF], gl.NVMMASharedLayout(128, 16, 2))
+            box = _matrices(box, 1, SLOTS, HALF).index(0)
             box.store(gl.where(cleared, 0.0, box.load(LAYOUT)))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
 
 
 @gluon.jit
@@ -196,7 +211,7 @@ def _consume(
     q = q_memory.index(WHICH)
     q.store(gl.load(query[0] + row[:, None] + dim, mask=rows.inside[:, None], other=0.0))
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
     m = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     rows = query_rows(m, work.seq, work.first, work.kv_head, plan)
@@ -353,9 +368,11 @@ def hopper_prefill(
     k_boxes = gl.allocate_shared_memory(DTYPE, [COUNT, 1, 1, SLOTS, HALF], key_boxes.layout)
     v_boxes = gl.allocate_shared_memory(DTYPE, [COUNT, 1, 1, SLOTS, HALF], key_boxes.layout)
     q_memory = gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, plan.size], TILE)
+    BLOCK_N: gl.constexpr = plan.block_n
+    SIZE: gl.constexpr = plan.size
     ring = Ring(
-        k_boxes._reinterpret(DTYPE, [STAGES, plan.block_n, plan.size], TILE),
-        v_boxes._reinterpret(DTYPE, [STAGES, plan.block_n, plan.size], TILE),
+        _matrices(k_boxes, STAGES, BLOCK_N, SIZE),
+        _matrices(v_boxes, STAGES, BLOCK_N, SIZE),
         k_boxes,
         v_boxes,
         _barriers(STAGES),

@@ -508,7 +508,7 @@ def parts(tokens: int, seqs: int) -> tuple[bool, bool]:
 def plan_decode(
     base: Plan, device: Device, *, tokens: int, seqs: int, kv_heads: int, bits: int, max_keys: int
 ) -> Config:
-    """Plan the decoding of `tokens` queries over a cache of elements of `bits` bits.
+    """Plan the decoding of `tokens` queries, whose keys take `bits` bits an element.
 
     `max_keys` is what the block table has room for in a sequence. Tiles of keys of 16 KiB and two
     programs a processor were the best found on one H200 (Triton 3.6, 2026-11-21; 32 sequences of
@@ -533,7 +533,7 @@ def plan_decode(
         max_queries=MAX_DECODED if prefill else None,
         pdl=device.arch >= 90,
     )
-    return Config(plan, 4, 3)
+    return Config(plan, 4, 3 if device.arch else 2)
 
 
 def plan_prefill(
@@ -701,7 +701,7 @@ class _Attention(NamedTuple):
 
     def decode(self, base: Plan, device: Device, then: Launch | None) -> Launch:
         kv_heads = self.keys.data.shape[2]
-        bits = 8 * self.keys.data.element_size()
+        bits = 32 if self.query.element_size() == 4 else 8 * self.keys.data.element_size()
         max_keys = self.batch.block_table.shape[1] * base.page
         plan, num_warps, num_stages = plan_decode(
             base, device, **self.sizes, kv_heads=kv_heads, bits=bits, max_keys=max_keys
@@ -741,7 +741,7 @@ class _Attention(NamedTuple):
 
 
 # Gluon, in which the prefilling kernel for Hopper is written, is experimental.
-_GLUON_TRITONS = ("3.6.",)
+_GLUON_TRITONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 
 _PAIRS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
 

@@ -14,7 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_tkv.kernels.cache_tiles import SATURATES_AT, find_slot, load_rows, store_rows, to_cache
+from torch_tkv.kernels.cache_tiles import (
+    SATURATES_AT,
+    as_slots,
+    find_slot,
+    load_rows,
+    store_rows,
+    to_cache,
+)
 from torch_tkv.kernels.launcher import DEBUG, Launch
 
 
@@ -22,8 +29,8 @@ from torch_tkv.kernels.launcher import DEBUG, Launch
 def _reshape_and_cache(
     key,  # [T, Hkv, D]
     value,  # [T, Hkv, Dv]
-    key_cache,  # [N, P, Hkv, D / X, X]
-    value_cache,  # [N, P, Hkv, Dv / XV, XV]
+    key_cache,  # [N, P, Hkv, D]
+    value_cache,  # [N, P, Hkv, Dv]
     slot_mapping,  # [<= T]
     k_scale,  # None, or float32 [] or [Hkv]
     v_scale,  # None, or float32 [] or [Hkv]
@@ -34,12 +41,10 @@ def _reshape_and_cache(
     key_cache_stride_n,
     key_cache_stride_p,
     key_cache_stride_h,
-    key_cache_stride_c,
-    value_cache_start,  # where the values are, in a cache that holds both
+    value_cache_start,  # where the values are in a cache that holds both, or None
     value_cache_stride_n,
     value_cache_stride_p,
     value_cache_stride_h,
-    value_cache_stride_c,
     slot_mapping_stride,
     num_mapped,  # slots in slot_mapping
     num_slots,  # N * P
@@ -47,8 +52,6 @@ def _reshape_and_cache(
     HKV: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    X: tl.constexpr,  # None where it is D
-    XV: tl.constexpr,
     K_SCALE_STRIDE: tl.constexpr,  # None where all heads share a scale
     V_SCALE_STRIDE: tl.constexpr,
     LIMIT: tl.constexpr,  # where key_cache saturates, None where it does not
@@ -64,32 +67,34 @@ def _reshape_and_cache(
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     slot = find_slot(slot_mapping, token, slot_mapping_stride, num_mapped, num_slots, WRAP)
     token, slot = token[:, None, None], slot[:, None, None]
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :, None]
+    head = tl.arange(0, BLOCK_H)[None, :, None]
+    if HKV > BLOCK_H:
+        head += tl.program_id(1) * BLOCK_H
     is_head = head < HKV
     inside = (token < num_mapped) & is_head
-    values = value_cache + value_cache_start
-    key_strides = (key_cache_stride_n, key_cache_stride_p, key_cache_stride_h, key_cache_stride_c)
-    value_strides = (
-        value_cache_stride_n, value_cache_stride_p, value_cache_stride_h, value_cache_stride_c,
-    )  # fmt: skip
+    values = value_cache
+    if value_cache_start is not None:
+        values += value_cache_start
+    key_strides = (key_cache_stride_n, key_cache_stride_p, key_cache_stride_h)
+    value_strides = (value_cache_stride_n, value_cache_stride_p, value_cache_stride_h)
     dtype: tl.constexpr = key_cache.dtype.element_ty
     dtype_v: tl.constexpr = value_cache.dtype.element_ty
     if SPLIT:
         if tl.program_id(2) == 0:
             k = load_rows(key, token, head, inside, key_stride_t, key_stride_h, D, BLOCK_D)
             k = to_cache(k, k_scale, K_SCALE_STRIDE, head, is_head, dtype, LIMIT)
-            store_rows(k, key_cache, slot, head, inside, key_strides, P, D, X)
+            store_rows(k, key_cache, slot, head, is_head, key_strides, P, D)
         else:
             v = load_rows(value, token, head, inside, value_stride_t, value_stride_h, DV, BLOCK_DV)
             v = to_cache(v, v_scale, V_SCALE_STRIDE, head, is_head, dtype_v, LIMIT_V)
-            store_rows(v, values, slot, head, inside, value_strides, P, DV, XV)
+            store_rows(v, values, slot, head, is_head, value_strides, P, DV)
     else:
         k = load_rows(key, token, head, inside, key_stride_t, key_stride_h, D, BLOCK_D)
         v = load_rows(value, token, head, inside, value_stride_t, value_stride_h, DV, BLOCK_DV)
         k = to_cache(k, k_scale, K_SCALE_STRIDE, head, is_head, dtype, LIMIT)
         v = to_cache(v, v_scale, V_SCALE_STRIDE, head, is_head, dtype_v, LIMIT_V)
-        store_rows(k, key_cache, slot, head, inside, key_strides, P, D, X)
-        store_rows(v, values, slot, head, inside, value_strides, P, DV, XV)
+        store_rows(k, key_cache, slot, head, is_head, key_strides, P, D)
+        store_rows(v, values, slot, head, is_head, value_strides, P, DV)
 
 
 class Plan(NamedTuple):
@@ -137,25 +142,15 @@ def plan(*, tokens: int, heads: int, head_size: int, value_size: int) -> Plan:
 
 
 class Cache(NamedTuple):
-    """A cache that an operator was given, and its keys or values by block, slot, head and chunk."""
+    """A cache that an operator was given, and its part that holds the keys or the values."""
 
     given: Tensor
-    view: Tensor  # [N, P, Hkv, D / X, X]
+    view: Tensor  # [N, P, Hkv, D]
 
     @property
-    def size(self) -> int:
-        """The head size."""
-        return self.view.shape[3] * self.view.shape[4]
-
-    @property
-    def chunk(self) -> int | None:
-        """The elements of a head that lie together, None where it is all of them."""
-        return None if self.view.shape[3] == 1 else self.view.shape[4]
-
-    @property
-    def start(self) -> int:
-        """Where the view starts in what was given: kernels take pointers to arguments only."""
-        return int(self.view.storage_offset() - self.given.storage_offset())
+    def start(self) -> int | None:
+        """Where the view starts in what was given, to which kernels take a pointer; None for 0."""
+        return int(self.view.storage_offset() - self.given.storage_offset()) or None
 
 
 def prepare(
@@ -170,7 +165,7 @@ def prepare(
     wrap: bool = False,
 ) -> Launch:
     """Describe the launch of a write; arguments as in `torch_tkv.reshape_and_cache`."""
-    keys, values = (Cache(cache, cache.unsqueeze(3)) for cache in (key_cache, value_cache))
+    keys, values = (Cache(cache, cache) for cache in (key_cache, value_cache))
     return prepare_write(key, value, keys, values, slot_mapping, k_scale, v_scale, wrap)
 
 
@@ -185,12 +180,13 @@ def prepare_write(
     wrap: bool,
 ) -> Launch:
     """Describe the launch of a write into caches of any layout."""
-    num_blocks, block_size, heads = key_cache.view.shape[:3]
-    size, value_size = key_cache.size, value_cache.size
-    scale_strides = _scale_stride(k_scale), _scale_stride(v_scale)
+    keys, values = as_slots(key_cache.view, value_cache.view)
+    num_blocks, block_size, heads, size = keys.shape
+    value_size = values.shape[3]
+    scale_strides = scale_stride(k_scale), scale_stride(v_scale)
     if (
-        _is_one_row(key, key_cache.view)
-        and _is_one_row(value, value_cache.view)
+        _is_one_row(key, keys)
+        and _is_one_row(value, values)
         and scale_strides == (None, None)
         and heads * max(size, value_size) <= _MAX_TILE
     ):
@@ -207,9 +203,9 @@ def prepare_write(
         (
             *key.stride()[:2],
             *value.stride()[:2],
-            *key_cache.view.stride()[:4],
+            *keys.stride()[:3],
             value_cache.start,
-            *value_cache.view.stride()[:4],
+            *values.stride()[:3],
             slot_mapping.stride(0),
             tokens,
             num_blocks * block_size,
@@ -219,8 +215,6 @@ def prepare_write(
             heads,
             size,
             value_size,
-            key_cache.chunk,
-            value_cache.chunk,
             *scale_strides,
             SATURATES_AT.get(key_cache.given.dtype),
             SATURATES_AT.get(value_cache.given.dtype),
@@ -235,9 +229,9 @@ def prepare_write(
 def _is_one_row(rows: Tensor, cache: Tensor) -> bool:
     """Return whether the heads of a token adjoin, in `rows` [T, Hkv, D] and in `cache`."""
     heads, size = rows.shape[1:]
-    adjoin = heads == 1 or rows.stride(1) == cache.stride(2) == size
-    return adjoin and cache.shape[3] == 1
+    return heads == 1 or rows.stride(1) == cache.stride(2) == size
 
 
-def _scale_stride(scale: Tensor | None) -> int | None:
+def scale_stride(scale: Tensor | None) -> int | None:
+    """Return the stride of a scale a head, None where all heads share it or there is none."""
     return None if scale is None or scale.dim() == 0 else scale.stride(0)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_tkv.kernels.cache_tiles import SATURATES_AT, find_slot, load_rows, store_rows
+from torch_tkv.kernels.cache_tiles import SATURATES_AT, as_slots, find_slot, load_rows, store_rows
 from torch_tkv.kernels.launcher import DEBUG, Launch
 from torch_tkv.kernels.reshape_and_cache import plan
 
@@ -60,8 +60,8 @@ def _write(
 ):
     x = load_rows(rows, token, head, inside, stride_t, stride_h, SIZE, BLOCK)
     codes, scale = _quantize(x, cache.dtype.element_ty, LIMIT)
-    store_rows(codes, cache, slot, head, inside, cache_strides, P, SIZE, None)
-    store_rows(scale, scale_cache, slot, head, inside, scale_strides, P, 1, None)
+    store_rows(codes, cache, slot, head, inside, cache_strides, P, SIZE)
+    store_rows(scale, scale_cache, slot, head, inside, scale_strides, P, 1)
 
 
 @triton.jit(do_not_specialize=["num_mapped", "num_slots"])
@@ -138,7 +138,8 @@ def prepare(
     wrap: bool = False,
 ) -> Launch:
     """Describe the launch of a write; arguments as in `torch_tkv.reshape_and_cache_dynamic`."""
-    num_blocks, block_size, heads, head_size = key_cache.shape
+    caches = as_slots(key_cache, value_cache, k_scale_cache, v_scale_cache)
+    num_blocks, block_size, heads, head_size = caches[0].shape
     value_size, tokens = value.shape[2], slot_mapping.shape[0]
     layout = plan(tokens=tokens, heads=heads, head_size=head_size, value_size=value_size)
     return Launch(
@@ -148,10 +149,7 @@ def prepare(
         (
             *key.stride()[:2],
             *value.stride()[:2],
-            *key_cache.stride()[:3],
-            *value_cache.stride()[:3],
-            *k_scale_cache.stride(),
-            *v_scale_cache.stride(),
+            *(stride for cache in caches for stride in cache.stride()[:3]),
             slot_mapping.stride(0),
             tokens,
             num_blocks * block_size,

@@ -24,5 +24,5 @@ def prepare(
         views = kv_cache.split((key.shape[2], value.shape[2]), -1)
     else:
         views = kv_cache.unbind(kv_dim)
-    keys, values = (Cache(kv_cache, view.unsqueeze(3)) for view in views)
+    keys, values = (Cache(kv_cache, view) for view in views)
     return prepare_write(key, value, keys, values, slot_mapping, k_scale, v_scale, wrap)

@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_tkv.kernels.cache_tiles import SATURATES_AT, find_slot, load_rows, store_rows, to_cache
+from torch_tkv.kernels.cache_tiles import (
+    SATURATES_AT,
+    as_slots,
+    divide_to_cache,
+    find_rows,
+    find_slot,
+    load_rows,
+    load_scale,
+    store_rows,
+)
 from torch_tkv.kernels.launcher import DEBUG, Launch
 from torch_tkv.kernels.rope_tiles import (
     find_angle,
@@ -95,44 +104,54 @@ def _rope_reshape_and_cache(
         slot = find_slot(slot_mapping, token, slot_mapping_stride, num_mapped, num_slots, WRAP)
     angle = find_angle(positions, token, positions_stride, num_angles)
     # Tiles, because Triton 3.9's interpreter takes no scalars in masks.
-    slot = slot + tl.zeros([1, 1, 1], tl.int64)
-    angle = angle + tl.zeros([1, 1, 1], tl.int64)
+    slot = slot + tl.zeros([1, 1, 1], slot.dtype)
+    angle = angle + tl.zeros([1, 1, 1], angle.dtype)
 
-    q_head = piece * BLOCK_HQ + tl.arange(0, BLOCK_HQ).to(tl.int64)[None, :, None]
-    head = piece * BLOCK_HKV + tl.arange(0, BLOCK_HKV).to(tl.int64)[None, :, None]
-    q_row = query + token * query_stride_t + q_head * query_stride_h
-    k_row = key + token * key_stride_t + head * key_stride_h
+    q_head = piece * BLOCK_HQ + tl.arange(0, BLOCK_HQ)[None, :, None]
+    head = piece * BLOCK_HKV + tl.arange(0, BLOCK_HKV)[None, :, None]
+    q_row = query + token * query_stride_t + q_head.to(tl.int64) * query_stride_h
+    k_row = key + token * key_stride_t + head.to(tl.int64) * key_stride_h
+    is_head = head < HKV
     q1, q2, q3 = load_heads(q_row, q_head < HQ, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
-    k1, k2, k3 = load_heads(k_row, head < HKV, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
+    k1, k2, k3 = load_heads(k_row, is_head, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
+    k_factor = load_scale(k_scale, k_scale_stride, head, is_head)
     if value is not None:
-        v = load_rows(value, token, head, head < HKV, value_stride_t, value_stride_h, DV, BLOCK_DV)
-    c = load_angles(cos, angle, cos_stride_t, cos_stride_r, R, BLOCK_R, INTERLEAVED, FULL_WIDTH)
-    s = load_angles(sin, angle, sin_stride_t, sin_stride_r, R, BLOCK_R, INTERLEAVED, FULL_WIDTH)
+        v = load_rows(value, token, head, is_head, value_stride_t, value_stride_h, DV, BLOCK_DV)
+        v_factor = load_scale(v_scale, v_scale_stride, head, is_head)
+    # ptxas would wait for the position before it issued these loads, but moves none past a barrier.
+    tl.debug_barrier()
+    cos_strides = (cos_stride_t, cos_stride_r)
+    sin_strides = (sin_stride_t, sin_stride_r)
+    q_cos, q_sin = load_angles(
+        cos, sin, angle, cos_strides, sin_strides,
+        BLOCK_HQ, R, BLOCK_R, INTERLEAVED, FULL_WIDTH,
+    )  # fmt: skip
+    k_cos, k_sin = load_angles(
+        cos, sin, angle, cos_strides, sin_strides,
+        BLOCK_HKV, R, BLOCK_R, INTERLEAVED, FULL_WIDTH,
+    )  # fmt: skip
 
     q1, q2, q3 = rotate_heads(
-        q1, q2, q3, c, s, q_weight, eps, query.dtype.element_ty,
+        q1, q2, q3, q_cos, q_sin, q_weight, eps, query.dtype.element_ty,
         D, R, BLOCK_R, BLOCK_REST, INTERLEAVED, WEIGHT_PLUS_ONE,
     )  # fmt: skip
     k1, k2, k3 = rotate_heads(
-        k1, k2, k3, c, s, k_weight, eps, key.dtype.element_ty,
+        k1, k2, k3, k_cos, k_sin, k_weight, eps, key.dtype.element_ty,
         D, R, BLOCK_R, BLOCK_REST, INTERLEAVED, WEIGHT_PLUS_ONE,
     )  # fmt: skip
 
     q_row = out + (token * HQ + q_head) * D
     store_heads(q_row, q_head < HQ, q1, q2, q3, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
-    inside = (head < HKV) & (slot >= 0)
-    k1, k2, k3 = heads_to_cache(
-        k1, k2, k3, k_scale, k_scale_stride, head, inside,
-        key_cache.dtype.element_ty, K_SATURATES_AT, BLOCK_REST,
-    )  # fmt: skip
-    k_row = key_cache + head * key_cache_stride_h
-    k_row += (slot // P) * key_cache_stride_n + (slot % P) * key_cache_stride_p
+    DTYPE: tl.constexpr = key_cache.dtype.element_ty
+    k1, k2, k3 = heads_to_cache(k1, k2, k3, k_factor, DTYPE, K_SATURATES_AT, BLOCK_REST)
+    strides = (key_cache_stride_n, key_cache_stride_p, key_cache_stride_h)
+    k_row = key_cache + find_rows(slot, head, strides, P)
+    inside = is_head & (slot >= 0)
     store_heads(k_row, inside, k1, k2, k3, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
     if value is not None:
-        V_DTYPE: tl.constexpr = value_cache.dtype.element_ty
-        v = to_cache(v, v_scale, v_scale_stride, head, inside, V_DTYPE, V_SATURATES_AT)
+        v = divide_to_cache(v, v_factor, value_cache.dtype.element_ty, V_SATURATES_AT)
         strides = (value_cache_stride_n, value_cache_stride_p, value_cache_stride_h)
-        store_rows(v, value_cache, slot, head, inside, strides, P, DV, None)
+        store_rows(v, value_cache, slot, head, is_head, strides, P, DV)
 
 
 class Rung(NamedTuple):
@@ -232,7 +251,8 @@ def prepare(
     kv_heads = key.shape[1]
     value_size = 0 if value is None else value.shape[2]
     rotary_dim = head_size if rotary_dim is None else rotary_dim
-    blocks = key_cache.unsqueeze(1) if slot_mapping is None else key_cache
+    key_blocks = key_cache.unsqueeze(1) if slot_mapping is None else key_cache
+    blocks, *value_blocks = as_slots(*(x for x in (key_blocks, value_cache) if x is not None))
     grid, *tiles, num_warps = plan(tokens, query_heads, kv_heads, head_size, value_size, rotary_dim)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     return Launch(
@@ -251,7 +271,7 @@ def prepare(
             *sin.stride(),
             *_strides(positions, 1),
             *blocks.stride()[:3],
-            *_strides(value_cache, 3),
+            *_strides(value_blocks[0] if value_blocks else None, 3),
             *_strides(slot_mapping, 1),
             *_strides(k_scale, 1),
             *_strides(v_scale, 1),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torch_tkv.kernels.cache_tiles import to_cache
+from torch_tkv.kernels.cache_tiles import divide_to_cache
 
 
 @triton.jit
@@ -47,34 +47,55 @@ def find_angle(
     """Return the row of cos and sin for `token`, or -1 where its position lies outside of them."""
     angle = token
     if positions is not None:
-        angle = tl.load(positions + token * stride).to(tl.int64)
-        inside = (angle >= 0) & (angle < num_angles)
+        position = tl.load(positions + token * stride).to(tl.int64)
+        inside = position.to(tl.uint64) < num_angles.to(tl.uint64)
         tl.device_assert(inside, "positions: a position lies outside cos and sin")
-        angle = tl.where(inside, angle, -1)
+        angle = tl.where(inside, position.to(num_angles.dtype), -1)
     return angle
 
 
 @triton.jit
 def load_angles(
-    table,  # cos or sin
-    angle,  # [1, 1, 1], a row of it, or -1
-    stride,
-    stride_r,
+    cos,  # [T or positions, R or R / 2]
+    sin,  # as cos
+    angle,  # [1, 1, 1], a row of them, or -1
+    cos_strides,  # of rows and columns
+    sin_strides,
+    HEADS: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     FULL_WIDTH: tl.constexpr,
 ):
-    """Return what the first and the second elements of the pairs are multiplied with, in float32.
+    """Return the cos and the sin of a tile of heads: each a pair [1, HEADS, BLOCK_R] of float32.
 
-    A table of full width has a column an element, one of half width a column a pair.
+    The first and the second elements of the heads' pairs are multiplied with the first and the
+    second of it.
     """
-    row = table + angle * stride
-    if FULL_WIDTH:
-        first, second = load_pairs(row, stride_r, angle >= 0, R, BLOCK_R, INTERLEAVED)
-    else:
+    c = _load_table(cos, angle, cos_strides, HEADS, R, BLOCK_R, INTERLEAVED, FULL_WIDTH)
+    s = _load_table(sin, angle, sin_strides, HEADS, R, BLOCK_R, INTERLEAVED, FULL_WIDTH)
+    return c, s
+
+
+@triton.jit
+def _load_table(
+    table,
+    angle,
+    strides,
+    HEADS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    FULL_WIDTH: tl.constexpr,
+):
+    # Each head loads the row, so that a thread has the angles of its own elements. Of a row for all
+    # heads it would have others, and Triton would pass the heads through shared memory to and fro.
+    row = tl.broadcast_to(table + angle.to(tl.int64) * strides[0], [1, HEADS, 1])
+    if FULL_WIDTH:  # a column an element
+        first, second = load_pairs(row, strides[1], angle >= 0, R, BLOCK_R, INTERLEAVED)
+    else:  # a column a pair
         pair = tl.arange(0, BLOCK_R)[None, None, :]
-        first = tl.load(row + pair * stride_r, mask=(angle >= 0) & (pair < R // 2), other=0.0)
+        first = tl.load(row + pair * strides[1], mask=(angle >= 0) & (pair < R // 2), other=0.0)
         second = first
     return first.to(tl.float32), second.to(tl.float32)
 
@@ -150,7 +171,9 @@ def rotate_heads(
         rest = rest.to(tl.float32)
     if weight is not None:
         everywhere = tl.zeros([1, 1, 1], tl.int32) == 0
-        w_x, w_y, w_rest = load_heads(weight, everywhere, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
+        # A row a head, as in _load_table.
+        weights = tl.broadcast_to(weight, [1, x.shape[1], 1])
+        w_x, w_y, w_rest = load_heads(weights, everywhere, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
         squares = tl.sum(x * x + y * y, 2, keep_dims=True)
         if BLOCK_REST > 0:
             squares += tl.sum(rest * rest, 2, keep_dims=True)
@@ -180,17 +203,14 @@ def heads_to_cache(
     first,
     second,
     rest,
-    scale,
-    scale_stride,
-    head,
-    inside,
+    factor,  # as of load_scale
     DTYPE: tl.constexpr,
     SATURATES_AT: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Return a tile of heads as `to_cache` rounds it."""
-    first = to_cache(first, scale, scale_stride, head, inside, DTYPE, SATURATES_AT)
-    second = to_cache(second, scale, scale_stride, head, inside, DTYPE, SATURATES_AT)
+    """Return a tile of heads as `divide_to_cache` rounds it."""
+    first = divide_to_cache(first, factor, DTYPE, SATURATES_AT)
+    second = divide_to_cache(second, factor, DTYPE, SATURATES_AT)
     if BLOCK_REST > 0:
-        rest = to_cache(rest, scale, scale_stride, head, inside, DTYPE, SATURATES_AT)
+        rest = divide_to_cache(rest, factor, DTYPE, SATURATES_AT)
     return first, second, rest

@@ -197,7 +197,7 @@ def test_caches_of_8_bits_are_right_with_every_kind_of_scale(
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", [FEW, MIXED])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("output_scale", [0.01, 0.4, 1e-6])
+@pytest.mark.parametrize("output_scale", [0.002, 0.01, 0.4])
 def test_an_output_scale_divides_saturates_and_rounds_to_float8(
     dtype: torch.dtype, output_scale: float, form
 ) -> None:
@@ -322,7 +322,7 @@ def test_a_block_outside_the_cache_reads_as_zeros(device: str, garbage: int | No
     torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("garbage", [-1, 2**31 - 1, 2**62, -(2**63)] if HAS_GPU else [2**62])
+@pytest.mark.parametrize("garbage", [-1, 2**31 - 1, 2**62, -(2**63)] if HAS_GPU else [-1])
 def test_garbage_lengths_and_starts_read_nothing_outside_the_caches(
     device: str, garbage: int
 ) -> None:

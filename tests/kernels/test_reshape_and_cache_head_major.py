@@ -58,3 +58,58 @@ def test_any_strides_are_followed(device: str) -> None:
         shuffled_slots(20, 45, device, wrap=True),
         wrap=True,
     )
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [(0, 96)],
+        [(5, 85), (101, 150)],
+        [(37, 60), (64, 96), (0, 16), (100, 117)],
+        [(32, 48), (3, 27), (192, 210), (52, 80)],
+    ],
+)
+@pytest.mark.parametrize("unmapped", [0, 7])
+@pytest.mark.parametrize("cache_dtype", [MODEL_DTYPE, *FP8S])
+def test_runs_of_consecutive_slots_are_written_wherever_they_begin(
+    device: str,
+    pieces: list[tuple[int, int]],
+    block_size: int,
+    unmapped: int,
+    cache_dtype: torch.dtype,
+) -> None:
+    skip_inexact_casts(cache_dtype)
+    slots = torch.cat([torch.arange(*piece) for piece in pieces]).to(device)
+    slots[70] = -1
+    key, value = torch.randn(2, len(slots) + unmapped, 3, 24, device=device).to(MODEL_DTYPE)
+    key_cache = torch.randn(16, 3, 6, block_size, 4, device=device).to(cache_dtype)
+    value_cache = torch.randn(16, 3, 24, block_size, device=device).to(cache_dtype)
+    scale = torch.rand(3, device=device) + 0.1
+    assert_writes_as_reference(
+        kernel,
+        reference.reshape_and_cache_head_major,
+        (key, value),
+        (key_cache, value_cache),
+        slots,
+        scale,
+        scale[0],
+    )
+
+
+def test_runs_are_written_whole_where_every_one_is_aligned(device: str) -> None:
+    def writes_runs(tokens: int, value_cache: torch.Tensor) -> bool:
+        key = torch.randn(tokens, 3, 24, device=device)
+        key_cache = torch.randn(9, 3, 6, value_cache.shape[3], 4, device=device)
+        slots = torch.arange(tokens, device=device)
+        launch = kernel.prepare(key, key, key_cache, value_cache, slots)
+        names = kernel._reshape_and_cache_head_major.arg_names
+        return (*launch.tensors, *launch.scalars, *launch.constexprs)[names.index("RUNS")]
+
+    cache = torch.randn(9, 3, 24, 32, device=device)
+    assert writes_runs(100, cache)
+    assert writes_runs(100, cache[..., :16])
+    assert not writes_runs(64, cache)
+    assert not writes_runs(100, cache[..., :8])
+    assert not writes_runs(100, torch.randn(9, 3, 24, 33, device=device)[..., :32])
+    assert not writes_runs(100, cache.transpose(1, 3).contiguous().transpose(1, 3))

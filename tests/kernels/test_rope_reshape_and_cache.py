@@ -124,32 +124,6 @@ def test_a_short_slot_mapping_rotates_every_query(device: str, wrap: bool) -> No
     assert_kernel_equals_reference(kwargs | {"slot_mapping": kwargs["slot_mapping"][:0]}, wrap=wrap)
 
 
-@pytest.mark.parametrize("wrap", [False, True])
-def test_slots_outside_the_cache_write_nothing_anywhere(device: str, wrap: bool) -> None:
-    guarded = torch.randn(2, 10, 8, 3, 16, device=device)
-    before = guarded.clone()
-    slots = torch.tensor([32, -33, 2**40, -(2**62), 2**63 - 1, 47], device=device)
-    kwargs = arguments(6, device=device) | {
-        "key_cache": guarded[0, 3:7],
-        "value_cache": guarded[1, 3:7],
-        "slot_mapping": slots,
-    }
-    out = run(kernel.prepare(**kwargs, wrap=wrap))
-    rotation = (kwargs[name] for name in ("query", "key", "cos", "sin", "positions"))
-    assert torch.equal(out, reference.rotary_embedding(*rotation)[0])
-    assert torch.equal(guarded, before)
-
-
-def test_a_slot_of_two_tokens_holds_nothing_but_elements_of_them(device: str) -> None:
-    kwargs = arguments(2, device=device)
-    kwargs["slot_mapping"] = torch.tensor([5, 5], device=device)
-    run(kernel.prepare(**kwargs))
-    rotation = (kwargs[name] for name in ("query", "key", "cos", "sin", "positions"))
-    _, key = reference.rotary_embedding(*rotation)
-    assert (kwargs["key_cache"][0, 5] == key).any(0).all()
-    assert (kwargs["value_cache"][0, 5] == kwargs["value"]).any(0).all()
-
-
 @pytest.mark.parametrize(
     ("heads", "head_size", "value_size", "rotary_dim"),
     [((32, 8), 128, 128, 128), ((7, 1), 46, 24, 46), ((71, 1), 64, 64, 32), ((2, 5), 96, 0, 96)],

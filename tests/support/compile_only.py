@@ -1,8 +1,8 @@
 """Compile, without a GPU, exactly what the kernels' `prepare` functions describe.
 
 `python compile_only.py <target>` sends launches on meta tensors to Triton's compiler for the named
-target and prints one JSON object a launch. It is a program of its own because tests without a GPU
-import Triton in interpreter mode, where nothing can be compiled.
+target and prints a JSON object for each kernel launched. It is a program of its own because tests
+without a GPU import Triton in interpreter mode, where nothing can be compiled.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from torch_tkv.kernels import (
     concat_and_cache_mla,
     copy_blocks,
     gather_cache,
+    merge_attention_states,
     paged_attention,
+    paged_attention_lse,
     qk_norm_rope_reshape_and_cache,
     reshape_and_cache,
     reshape_and_cache_dynamic,
@@ -33,14 +36,15 @@ from torch_tkv.kernels import (
     rope_reshape_and_cache,
     rotary_embedding,
 )
+from torch_tkv.kernels.device import Device
 from torch_tkv.kernels.launcher import run
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-    "gfx950": GPUTarget("hip", "gfx950", 64),
+    "sm_80": (GPUTarget("cuda", 80, 32), Device(80, 108)),
+    "sm_90": (GPUTarget("cuda", 90, 32), Device(90, 132)),
+    "sm_100": (GPUTarget("cuda", 100, 32), Device(100, 148)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Device(0, 304)),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), Device(0, 256)),
 }
 POINTERS = {
     torch.float32: "*fp32",
@@ -56,38 +60,51 @@ POINTERS = {
 
 def source_of(kernel: JITFunction, args: tuple[Any, ...]) -> ASTSource:
     """Specialise `kernel` as Triton would for `args`: ints of 1, multiples of 16, pointers."""
-    signature, constants, attrs = {}, {}, {}
-    for i, (param, arg) in enumerate(zip(kernel.params, args, strict=True)):
-        specialise = not param.do_not_specialize
+    constants, attrs = {}, {}
+
+    def type_of(path: tuple[int, ...], arg: Any, constexpr: bool, specialise: bool) -> Any:
+        if isinstance(arg, tuple) and not constexpr:
+            types = [type_of((*path, i), x, False, specialise) for i, x in enumerate(arg)]
+            return type(arg)(*types) if hasattr(arg, "_fields") else tuple(types)
+        if hasattr(arg, "block_shape"):  # a tensor descriptor
+            element = POINTERS[arg.base.dtype].removeprefix("*")
+            return f"tensordesc<{element}{list(arg.block_shape)},{arg.layout!r}>"
+        is_int = isinstance(arg, int)
+        if constexpr or arg is None or (is_int and arg == 1 and specialise):
+            constants[path] = arg
+            return "constexpr"
+        if isinstance(arg, Tensor) or (is_int and arg % 16 == 0 and specialise):
+            attrs[path] = [["tt.divisibility", 16]]
         if isinstance(arg, Tensor):
-            signature[param.name] = POINTERS[arg.dtype]
-            attrs[(i,)] = [["tt.divisibility", 16]]
-        elif param.is_constexpr or arg is None or (arg == 1 and specialise):
-            signature[param.name], constants[(i,)] = "constexpr", arg
-        elif isinstance(arg, int):
-            signature[param.name] = "i32"
-            if arg % 16 == 0 and specialise:
-                attrs[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[param.name] = "fp32"
-    return ASTSource(kernel, signature, constants, attrs)
+            return POINTERS[arg.dtype]
+        return "i32" if is_int else "fp32"
+
+    signature = {
+        param.name: type_of((i,), arg, param.is_constexpr, not param.do_not_specialize)
+        for i, (param, arg) in enumerate(zip(kernel.params, args, strict=True))
+    }
+    make = GluonASTSource if kernel.is_gluon() else ASTSource
+    return make(kernel, signature, constants, attrs)
 
 
-def compile_launches(target: GPUTarget) -> Iterator[dict[str, Any]]:
+def compile_launches(target: GPUTarget, device: Device) -> Iterator[dict[str, Any]]:
     """Yield what the compiler says of every launch of `launches()`."""
     compiled = []
+    paged_attention.device_of = lambda _: device
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         compiled.append(triton.compile(source_of(kernel, args), target=target, options=options))
 
     JITFunction.run = run
     dtypes = [torch.bfloat16, torch.float8_e5m2, torch.int8]
-    if target != TARGETS["sm_80"]:
+    if target.arch != 80:
         dtypes.append(torch.float8_e4m3fn)
-    for name in itertools.chain(launches(), write_launches(dtypes)):
-        binary = compiled.pop()
-        assembly = binary.asm.get("ptx") or binary.asm["amdgcn"]
-        yield {"name": name, "shared": binary.metadata.shared, "assembly": assembly}
+    for name in itertools.chain(launches(), attention_launches(dtypes), cache_launches(dtypes)):
+        for binary in compiled:
+            assembly = binary.asm.get("ptx") or binary.asm["amdgcn"]
+            shared = binary.metadata.shared
+            yield {"name": name, "kernel": binary.name, "shared": shared, "assembly": assembly}
+        compiled.clear()
 
 
 def launches() -> Iterator[str]:
@@ -109,11 +126,45 @@ def launches() -> Iterator[str]:
             yield f"gather_cache {name}"
             run(copy_blocks.prepare(*caches, table[:, :2]))
             yield f"copy_blocks {name}"
+            lse = torch.empty(7, heads, device="meta")
+            run(merge_attention_states.prepare(kv[1], lse, kv[1], lse))
+            yield f"merge_attention_states {name}"
             yield from rope_launches(name, kv, caches, slots)
-            for tokens, form in ((7, "decode"), (700, "prefill")):
-                query = torch.empty(tokens, 4 * heads, size, dtype=dtype, device="meta")
-                run(paged_attention.prepare(query, *caches, table, starts[1:], starts, 0.1))
-                yield f"paged_attention {form} {name}"
+
+
+def attention_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
+    """Launch attention: few tokens with all options, many in every form, caches of 8 bits."""
+    table = torch.empty(7, 99, dtype=torch.int32, device="meta")
+    starts = torch.empty(8, dtype=torch.int32, device="meta")
+
+    def arguments(
+        tokens: int, heads: int, sizes: tuple[int, int], dtype: torch.dtype, cache: torch.dtype
+    ) -> tuple[Any, ...]:
+        caches = [torch.empty(9, 16, heads, d, dtype=cache, device="meta") for d in sizes]
+        query = torch.empty(tokens, 4 * heads, sizes[0], dtype=dtype, device="meta")
+        return (query, *caches, table, starts[1:], starts, 0.1)
+
+    half, heads = torch.bfloat16, torch.empty(4 * 13, device="meta")
+    options = {"alibi_slopes": heads, "sinks": heads, "window": 99, "softcap": 20.0}
+    options["query_bias"] = torch.empty(7, 3, device="meta")
+    run(paged_attention_lse.prepare(*arguments(7, 13, (46, 46), half, half), **options))
+    yield "paged_attention_lse all options"
+    for heads, sizes, dtype in (
+        (8, (128, 128), half),
+        (2, (96, 64), half),
+        (1, (256, 256), half),
+        (1, (256, 256), torch.float32),
+    ):
+        run(paged_attention.prepare(*arguments(700, heads, sizes, dtype, dtype)))
+        yield f"paged_attention {heads} x {sizes} {dtype}"
+    scale = torch.empty(8, device="meta")
+    for dtype in set(dtypes) - {half}:
+        scales = {"k_scale": scale, "v_scale": scale}
+        if dtype == torch.int8:
+            scale_cache = torch.empty(9, 16, 8, device="meta")
+            scales = {"k_scale_cache": scale_cache, "v_scale_cache": scale_cache}
+        run(paged_attention.prepare(*arguments(7, 8, (128, 128), half, dtype), **scales))
+        yield f"paged_attention {dtype}"
 
 
 def rope_launches(
@@ -138,8 +189,8 @@ def rope_launches(
     yield f"qk_norm_rope_reshape_and_cache {name}"
 
 
-def write_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
-    """Launch the writing kernels into caches of `dtypes`, for few tokens and for many."""
+def cache_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
+    """Launch the kernels of caches of `dtypes`, for few tokens and for many."""
     for dtype, tokens in itertools.product(dtypes, (7, 7000)):
         name = f"{dtype} {tokens}"
 
@@ -149,6 +200,8 @@ def write_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
         key = value = empty(tokens, 8, 128, dtype=torch.bfloat16)
         slots = empty(tokens, dtype=torch.int32)
         caches = empty(9, 16, 8, 128), empty(9, 16, 8, 128)
+        run(copy_blocks.prepare(*caches, slots.new_empty(tokens, 2)))
+        yield f"copy_blocks {name}"
         if dtype != torch.bfloat16:
             scale_caches = empty(2, 9, 16, 8, dtype=torch.float32)
             run(reshape_and_cache_dynamic.prepare(key, value, *caches, *scale_caches, slots))
@@ -156,6 +209,13 @@ def write_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
         if dtype == torch.int8:
             continue
         scale = empty(8, dtype=torch.float32)
+        table, starts = slots.new_empty(7, 4), slots.new_empty(8)
+        for form, scales in (("", ()), ("scales", (scale, scale))):
+            launch = gather_cache.prepare(
+                *caches, table, starts, tokens, *scales, dtype=torch.bfloat16
+            )
+            run(launch)
+            yield f"gather_cache {name} {form}"
         for form, scales in (("", ()), ("scale", (scale[0],) * 2), ("scales", (scale,) * 2)):
             run(reshape_and_cache.prepare(key, value, *caches, slots, *scales))
             yield f"reshape_and_cache {name} {form}"
@@ -170,5 +230,5 @@ def write_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    for report in compile_launches(TARGETS[sys.argv[1]]):
+    for report in compile_launches(*TARGETS[sys.argv[1]]):
         print(json.dumps(report))

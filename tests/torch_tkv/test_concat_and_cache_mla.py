@@ -45,14 +45,3 @@ def test_bad_input_is_named(argument, spoil, error, says) -> None:
         torch_tkv.concat_and_cache_mla(**kwargs)
     assert str(caught.value).startswith("concat_and_cache_mla: ")
     assert says in str(caught.value)
-
-
-def test_opcheck_and_a_compiled_call_agree_with_the_eager_one() -> None:
-    kwargs = arguments()
-    torch.library.opcheck(torch.ops.tkv.concat_and_cache_mla, tuple(kwargs.values()))
-    compiled = torch.compile(torch_tkv.concat_and_cache_mla, fullgraph=True, dynamic=True)
-    expected = {name: tensor.clone() for name, tensor in kwargs.items()}
-    torch_tkv.concat_and_cache_mla(**expected)
-    compiled(**kwargs)
-    for name, tensor in kwargs.items():
-        assert torch.equal(tensor, expected[name])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from paged import make_batch, make_caches
+from operators import WRITES, make_arguments, mutated, with_own_caches
+from paged import make_batch, make_caches, storage
 
 import torch_tkv
 
@@ -50,21 +52,28 @@ def captured(function, *args):
     return graph, out
 
 
-def test_a_captured_write_replays_with_other_slots_and_other_contents() -> None:
-    caches = make_caches("HND", 9, 16, 2, 32, dtype=torch.bfloat16, device="cuda")
-    key, value = torch.randn(2, 21, 2, 32, device="cuda").bfloat16()
-    slots = torch.arange(21, device="cuda")
-    graph, _ = captured(torch_tkv.reshape_and_cache, key, value, *caches, slots)
-    for _ in range(20):
-        key.normal_()
-        value.normal_()
-        slots.copy_(torch.randperm(9 * 16, device="cuda")[:21])
-        slots[torch.randint(21, (3,))] = -1
-        expected = [cache.clone() for cache in caches]
-        torch_tkv.reshape_and_cache(key, value, *expected, slots)
+@pytest.mark.parametrize("stem", [*WRITES, "rotary_embedding"])
+def test_a_captured_call_replays_with_other_contents(stem: str) -> None:
+    tokens = 90
+    kwargs = make_arguments(stem, tokens, dtype=torch.bfloat16, device="cuda", block_size=16)
+    call = functools.partial(getattr(torch_tkv, stem), **kwargs)
+    graph, out = captured(call)
+    for repeat in range(20):
+        for name, arg in kwargs.items():
+            if name == "positions":
+                arg.random_(kwargs["cos"].shape[0])
+            elif name == "slot_mapping":
+                consecutive = torch.arange(tokens) + repeat // 2
+                arg.copy_(torch.randperm(tokens) if repeat % 2 else consecutive)
+                arg[torch.randint(tokens, (3,))] = -1
+            elif isinstance(arg, torch.Tensor) and arg.is_floating_point():
+                arg.uniform_(0.1, 1.0)
+        expected = with_own_caches(stem, kwargs)
+        right = getattr(torch_tkv, stem)(**expected)
         graph.replay()
-        assert torch.equal(caches[0], expected[0])
-        assert torch.equal(caches[1], expected[1])
+        torch.testing.assert_close(out, right, rtol=0, atol=0)
+        for name in mutated(stem):
+            assert torch.equal(storage(kwargs[name]), storage(expected[name]))
 
 
 def test_captured_attention_replays_with_other_lengths_and_other_blocks() -> None:

@@ -94,21 +94,3 @@ def test_bad_input_is_named_before_anything_is_written(argument, spoil, error, s
         torch_tkv.qk_norm_rope_reshape_and_cache(**kwargs)
     assert str(caught.value) == f"qk_norm_rope_reshape_and_cache: {argument} must be {says}"
     assert torch.equal(kwargs["key_cache"], before)
-
-
-def test_opcheck_accepts_the_operator() -> None:
-    args = tuple(arguments().values())
-    options = {"interleaved": True, "weight_plus_one": True}
-    torch.library.opcheck(torch.ops.tkv.qk_norm_rope_reshape_and_cache, args, options)
-
-
-def test_the_operator_compiles_without_a_graph_break_and_with_dynamic_shapes() -> None:
-    compiled = torch.compile(torch_tkv.qk_norm_rope_reshape_and_cache, fullgraph=True, dynamic=True)
-    for tokens in (3, 5):
-        kwargs = arguments(tokens)
-        caches = clone_storages(kwargs["key_cache"], kwargs["value_cache"])
-        out = compiled(**kwargs)
-        got = kwargs["key_cache"], kwargs["value_cache"]
-        kwargs |= {"key_cache": caches[0], "value_cache": caches[1]}
-        assert torch.equal(out, torch_tkv.qk_norm_rope_reshape_and_cache(**kwargs))
-        assert all(torch.equal(*pair) for pair in zip(got, caches, strict=True))

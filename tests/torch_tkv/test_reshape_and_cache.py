@@ -155,19 +155,6 @@ def test_opcheck_accepts_contiguous_sliced_and_permuted_inputs(layout: str) -> N
         )
 
 
-def test_the_operator_compiles_without_a_graph_break_and_with_dynamic_shapes() -> None:
-    compiled = torch.compile(torch_tkv.reshape_and_cache, fullgraph=True, dynamic=True)
-    for tokens in (3, 5):
-        key_cache, value_cache = make_caches("NHD", 5, 4, 3, 8)
-        key, value = torch.randn(2, tokens, 3, 8)
-        expected = key_cache.clone(), value_cache.clone()
-        slots = torch.randperm(20)[:tokens]
-        torch_tkv.reshape_and_cache(key, value, *expected, slots)
-        compiled(key, value, key_cache, value_cache, slots)
-        assert torch.equal(key_cache, expected[0])
-        assert torch.equal(value_cache, expected[1])
-
-
 def test_a_compiled_call_on_two_views_of_one_storage_is_warned_of_once(
     recwarn: pytest.WarningsRecorder,
 ) -> None:

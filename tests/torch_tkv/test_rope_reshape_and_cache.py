@@ -133,13 +133,3 @@ def test_opcheck_accepts_every_layout(layout: str, max_positions: int | None) ->
         args = tuple((kwargs | {"query": query}).values())
         scales = (torch.tensor(2.0), torch.rand(3) + 1)
         torch.library.opcheck(torch.ops.tkv.rope_reshape_and_cache, (*args, *scales))
-
-
-def test_the_operator_compiles_without_a_graph_break_and_with_dynamic_shapes() -> None:
-    compiled = torch.compile(torch_tkv.rope_reshape_and_cache, fullgraph=True, dynamic=True)
-    for tokens in (3, 5):
-        kwargs = arguments(tokens)
-        expected = copy(kwargs)
-        out = compiled(**kwargs)
-        assert torch.equal(out, torch_tkv.rope_reshape_and_cache(**expected))
-        assert_same_caches(kwargs, expected)

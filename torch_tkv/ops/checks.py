@@ -47,7 +47,7 @@ class Checker:
         self.require(tensor.dim() == shape.count(",") + 1, argument, f"{names} {shape}", tensor)
         if tensor.dtype == torch.float8_e4m3fn:
             requirement = "of another dtype on a GPU before sm_89: it has no float8_e4m3fn"
-            self.require(_has_e4m3fn(tensor.device), argument, requirement, tensor, TypeError)
+            self.require(has_e4m3fn(tensor.device), argument, requirement, tensor, TypeError)
 
     def floats(
         self,
@@ -153,7 +153,7 @@ def refuse_autograd(function: str, args: Sequence[object]) -> None:
 
 
 @functools.cache
-def _has_e4m3fn(device: torch.device) -> bool:
+def has_e4m3fn(device: torch.device) -> bool:
     """Return whether kernels can convert to and from float8_e4m3fn on `device`."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return True

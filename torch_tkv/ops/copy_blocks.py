@@ -29,7 +29,7 @@ def copy_blocks(key_cache: Tensor, value_cache: Tensor, block_pairs: Tensor) -> 
         block_pairs: [n, 2], int32 or int64; source and destination.
 
     Raises:
-        TypeError: a dtype is none of the above.
+        TypeError: a dtype is none of the above, or float8_e4m3fn on a GPU that lacks it.
         ValueError: shapes, strides or devices do not fit together; on CPU also, a block is written
             twice, or written and read. On a GPU the contents of such a block are unspecified.
         IndexError: on CPU, a number is no block of the cache. On a GPU such a pair is dropped, and

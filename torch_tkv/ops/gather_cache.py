@@ -45,7 +45,7 @@ def gather_cache(
         `dtype`.
 
     Raises:
-        TypeError: a dtype is none of the above.
+        TypeError: a dtype is none of the above, or float8_e4m3fn on a GPU that lacks it.
         ValueError: shapes, strides or devices do not fit together; on CPU also, cu_seq_lens is not
             ascending from 0 to <= num_tokens, or needs more blocks than block_table has.
         IndexError: on CPU, a used entry of block_table is no block of the cache. On a GPU the rows

@@ -29,7 +29,8 @@ def reshape_and_cache_dynamic(
     The scale of a row [D] is its largest magnitude over the largest code: 127 for int8, 448 for
     float8_e4m3fn, 57344 for float8_e5m2. The codes are the row over its scale, int8 rounded half to
     even; a reader multiplies. A row whose scale would be 0, as that of zeros, has the scale 1. A
-    row that holds NaN or infinity has the scale NaN and codes of 0: all of it reads as NaN.
+    row that holds NaN or infinity has the scale NaN and codes of 0: all of it reads as NaN. Where
+    tokens share a slot, its codes and its scale may be those of different ones.
 
     Args:
         key: [T, Hkv, D], float32, float16 or bfloat16; any strides whose last is 1.

@@ -56,7 +56,7 @@ def rope_reshape_and_cache(
         `rotary_embedding` and `reshape_and_cache` give.
 
     Raises:
-        TypeError: a dtype is none of the above.
+        TypeError: a dtype is none of the above, or float8_e4m3fn on a GPU that lacks it.
         ValueError: shapes, strides or devices do not fit together.
         IndexError: on CPU, a slot or a position lies outside. On a GPU such a slot is dropped, cos
             and sin count as 0, and TKV_DEBUG=1 makes either a device assert.
