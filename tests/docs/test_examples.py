@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = [DOCS / "concepts.md", *sorted(DOCS.glob("operators/*.md"))]
+PAGES = [
+    *(DOCS / f"{name}.md" for name in ("concepts", "runtime", "cuda-graphs")),
+    *sorted(DOCS.glob("operators/*.md")),
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
