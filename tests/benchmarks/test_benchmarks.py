@@ -105,3 +105,65 @@ def test_sequences_are_cut_from_all_pages_and_their_table_lists_them_in_order() 
         table = gather.make_table(order, cuts)
         assert table.shape[0] == min(pages, gather.MAX_SEQUENCES)
         assert torch.equal(table[table >= 0], order)
+
+
+def test_attention_counts_the_keys_and_the_pairs_that_are_seen() -> None:
+    attention = importlib.import_module("paged_attention")
+    cases = {case.label: case for case in attention.make_cases()}
+    assert len(cases) == len(attention.make_cases())
+    decode = cases["decode: 32 x 4096"]
+    assert decode.bytes == 32 * 4096 * 2 * 8 * 128 * 2
+    assert decode.flops == 4 * 32 * 4096 * 32 * 128
+    assert cases["float8 cache: 32 x 4096"].bytes == decode.bytes / 2
+    assert cases["window: 8 x 65536 of 4096"].bytes == cases["window: 8 x 4096 without"].bytes
+    prompt = cases["prefill over length: 1 x 16384"]
+    assert prompt.flops == 4 * (16384 * 16385 // 2) * 32 * 128
+
+
+def small_attention_cases() -> list:
+    attention = importlib.import_module("paged_attention")
+    few = {"heads": (4, 2), "head_size": 16}
+    return [
+        attention.even("decode", 3, 100, **few),
+        attention.even("float8", 2, 100, cache_dtype=FP8, **few),
+        attention.even("window", 2, 100, window=21, **few),
+        attention.even("drafts", 2, 100, 4, padding=3, **few),
+        attention.even("prompt", 1, 90, 90, **few),
+        attention.Case("mixed", "", [100, 20, 20], [1, 20, 20], **few),
+    ]
+
+
+@pytest.mark.parametrize("case", small_attention_cases(), ids=lambda case: case.family)
+@pytest.mark.parametrize("variant", ["tkv", "sdpa"])
+def test_a_variant_of_attention_gives_what_is_expected(variant: str, case) -> None:
+    attention = importlib.import_module("paged_attention")
+    inputs = attention.make_inputs(case, 2, device="cpu")
+    expected = attention.make_expected(case, inputs, chunk=16)
+    call = getattr(attention, variant)(case, inputs)
+    attention.check(variant, case, call(0), expected)
+    with pytest.raises(SystemExit, match=f"{variant} is wrong for {case.family}"):
+        attention.check(variant, case, call(1), expected)
+
+
+def test_calls_of_attention_take_turns_over_more_than_the_cache() -> None:
+    attention = importlib.import_module("paged_attention")
+    for case in attention.make_cases():
+        sets, count = attention.rotation(case)
+        assert 1 <= sets <= count <= attention.MAX_SETS
+        assert count >= 2
+    assert attention.rotation(attention.even("decode", 1, 1024)) == (24, 24)
+
+
+def test_plots_of_attention_are_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra [bench]")
+    attention = importlib.import_module("paged_attention")
+    machine = ("H200, a GPU", "2.13", "3.7", "abc", "2026-11-21")
+    rows = [
+        attention.Row("paged_attention", family, "", "tkv", context, 9.0, 4.0, 600.0, 0.9, *machine)
+        for family in (attention.DECODE, attention.PREFILL, "ragged")
+        for context in (512, 1024)
+    ]
+    attention.draw(rows, attention.Ceilings(4.5, 700.0), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    importlib.import_module("harness").write_csv(rows, tmp_path / "rows.csv")
+    assert (tmp_path / "rows.csv").read_text().startswith("operator,family,case,variant,context,us")
