@@ -155,6 +155,7 @@ BAD = [
 BAD_OPTIONS = [
     ({"window": 0}, ValueError, "window must be at least 1, a query's own position, got 0"),
     ({"window": 4, "causal": False}, ValueError, "causal must be True where there is a window, got False"),
+    ({"scale": -0.1}, ValueError, "scale must be positive and finite, got -0.1"),
     ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, got 0.0"),
     ({"softcap": float("nan")}, ValueError, "softcap must be positive and finite, got nan"),
     ({"alibi_slopes": torch.ones(4).half()}, TypeError, "alibi_slopes must be float32 [Hq], got float16 (4,)"),

@@ -56,7 +56,7 @@ def paged_attention(
             Blocks before the window of all queries of a sequence are not read.
         seq_lens: [B], int32 or int64; keys in the cache after this step's writes.
         query_start_loc: [B + 1], int32 or int64; cumulative query lengths, the first 0.
-        scale: factor of the scores; None means D ** -0.5.
+        scale: factor of the scores, positive; None means D ** -0.5.
         causal: a query sees the keys up to its own position, else all keys of its sequence.
         window: how many keys a query sees, its own position counted; needs causal.
         softcap: a score `s` becomes `softcap * tanh(s / softcap)`.
@@ -66,7 +66,8 @@ def paged_attention(
         query_bias: float32 [T, Q], last stride 1; query `t` adds `query_bias[t, j]` to its score
             with the `j`-th new token of its sequence, at `seq_lens[b] - n + j` for its n queries.
             -inf hides. New tokens from the Q-th on, and older keys, get nothing.
-        k_scale: float32 [] or [Hkv], multiplied with the keys of a float8 cache. None means 1.
+        k_scale: float32 [] or [Hkv], positive, multiplied with the keys of a float8 cache. None
+            means 1.
         v_scale: the same for values.
         k_scale_cache: float32 [N, P, Hkv], any strides; the factor of each key and head of a float8
             or int8 cache, as `reshape_and_cache_dynamic` writes it; with v_scale_cache only.
@@ -177,6 +178,8 @@ class AttentionChecker(Checker):
         if a.window is not None:
             self.require(a.window >= 1, "window", "at least 1, a query's own position", a.window)
             self.require(a.causal, "causal", "True where there is a window", a.causal)
+        ok = 0 < a.scale < math.inf  # the softmax takes its highest score before it scales
+        self.require(ok, "scale", "positive and finite", a.scale)
         if a.softcap is not None:
             ok = 0 < a.softcap < math.inf
             self.require(ok, "softcap", "positive and finite", a.softcap)
