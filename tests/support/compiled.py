@@ -1,4 +1,4 @@
-"""Compile a function with the cache write pass and hold it against the uncompiled one."""
+"""Compile a function with the passes and hold it against the uncompiled one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from torch._inductor.virtualized import V
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from torch_tkv.passes.cache_write import CacheWrite
+from torch_tkv.passes.pipeline import Pipeline
 
 
-class Recorder(CacheWrite):
-    """The pass, and the text of the graph that it leaves."""
+class Recorder(Pipeline):
+    """The passes, and the text of the graph that they leave."""
 
     def __call__(self, graph: Graph) -> None:
         super().__call__(graph)
@@ -65,6 +65,7 @@ def run_compiled(
     *args: Tensor,
     buffers: bool = False,
     generate: bool = True,
+    rtol: float = 0.0,
     **options: Any,
 ) -> Compiled:
     """Run `function(*caches, *args)` compiled and not; require equal results and equal storages.
@@ -72,6 +73,7 @@ def run_compiled(
     Args:
         buffers: have the caches as buffers of a module, not as inputs.
         generate: have Inductor generate code; else run the graph after its post-grad passes.
+        rtol: how far the storages may differ, relatively and absolutely.
         options: further arguments of torch.compile.
     """
     recorder = Recorder()
@@ -89,7 +91,10 @@ def run_compiled(
             codes = [""]
             got = torch.compile(target, fullgraph=True, backend=post_grad_only, **options)(*inputs)
     for cache, copy in zip(caches, copies, strict=True):
-        assert torch.equal(storage(cache), storage(copy))
+        if rtol:
+            torch.testing.assert_close(storage(copy), storage(cache), rtol=rtol, atol=rtol)
+        else:
+            assert torch.equal(storage(cache), storage(copy))
     pytree.tree_map(lambda a, b: torch.testing.assert_close(a, b), expected, got)
     return Compiled(recorder.matched, recorder.text, codes[0])
 
@@ -125,7 +130,8 @@ def cache_sized(code: str, numel: int, symbol: int) -> list[str]:
     body = code[code.index("def call(") :]
     found = re.findall(r"cpp_fused_\w*(?:index_put|copy_)\w*\(", body)
     for sizes in re.findall(r"empty_strided\w*\(\(([^)]*)\)", body):
-        numbers = [int(n) for n in re.sub(r"s\d+", str(symbol), sizes).split(",") if n.strip()]
-        if math.prod(numbers) >= numel:
+        # A size may be an expression, such as 2*s7 + 1.
+        numbers = re.sub(r"s\d+", str(symbol), sizes).rstrip(", ")
+        if math.prod(eval(f"[{numbers}]")) >= numel:
             found.append(sizes)
     return found

@@ -7,17 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import tensor_parallel
+import ranks
 
 from torch_tkv import ops
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return tensor_parallel.run_checks(tmp_path_factory.mktemp("ranks"))
+    return ranks.run_checks(tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("check", tensor_parallel.CHECKS)
+@pytest.mark.parametrize("check", ranks.CHECKS)
 def test_ranks_that_share_the_heads_agree_with_one_that_has_all(
     check: str, failures: dict[str, str]
 ) -> None:
@@ -25,7 +25,7 @@ def test_ranks_that_share_the_heads_agree_with_one_that_has_all(
 
 
 def test_every_operator_is_checked() -> None:
-    assert sorted(tensor_parallel.operators()) == sorted(ops.__all__)
+    assert sorted(ranks.operators()) == sorted(ops.__all__)
 
 
 def test_importing_the_package_does_not_load_dtensor(tmp_path: Path) -> None:
