@@ -102,7 +102,7 @@ def _produce(ring, key_boxes, value_boxes, work, plan: gl.constexpr):
             number = gl.load(entry, mask=read, other=-1)
             exists = (number >= 0) & (number < blocks.num_blocks)
             number = gl.where(exists, number, blocks.num_blocks).to(gl.int32)
-            numbers = numbers + (number,)  # noqa: RUF005, Gluon has no starred tuples
+            numbers = numbers + (number,)  # type: ignore[assignment]  # noqa: RUF005, no stars
         mbarrier.wait(ring.k_free.index(stage), phase)
         mbarrier.expect(ring.k_full.index(stage), plan.block_n * plan.size * 2)
         for box in gl.static_range(BOXES):

@@ -185,7 +185,7 @@ class _Bound:
         ]
 
     def __call__(self, pointers: list[int]) -> Tensor | tuple[Tensor, ...] | None:
-        fresh = [empty() for empty in self._fresh] if self._fresh else ()
+        fresh = [empty() for empty in self._fresh]
         if fresh:
             pointers += map(Tensor.data_ptr, fresh)
         if torch._C._cuda_getDevice() == self._device:

@@ -205,7 +205,7 @@ def _attend_tile(
         acc = (tl.full([plan.block_m, plan.block_dv], 0.0, tl.float32),)
     else:
         half = tl.full([plan.block_m, plan.block_dv // 2], 0.0, tl.float32)
-        acc = (half, half)
+        acc = (half, half)  # type: ignore[assignment]
     state = (highest, total, acc, block)
     tile = (q, factor, rows)
     cache = (keys, values, blocks, kv_head, modifiers)
@@ -385,7 +385,8 @@ def _merge(
             lse = tl.load(partial_lse + row, mask=mask, other=float("-inf"))
             mask = mask & (dim < plan.value_size)
             mean = tl.load(partial + row * plan.value_size + dim, mask=mask, other=0.0)
-            lses, means = lses + (lse,), means + (mean,)  # noqa: RUF005, Triton has no stars here
+            lses = lses + (lse,)  # type: ignore[assignment]  # noqa: RUF005, Triton has no stars
+            means = means + (mean,)  # type: ignore[assignment]  # noqa: RUF005
             top = tl.maximum(top, lse)
         shift = tl.where(top == float("-inf"), 0.0, top)
         rescale = tl.exp2(highest - shift)
@@ -609,7 +610,8 @@ def prepare(
         _cache(value_cache, v_scale, v_scale_cache),
         Batch(
             block_table,
-            *block_table.stride(),
+            block_table.stride(0),
+            block_table.stride(1),
             seq_lens,
             seq_lens.stride(0),
             query_start_loc,

@@ -47,7 +47,7 @@ class Order:
         """Have `op` run after some items and before others."""
         self._before.setdefault(op, []).extend(after)
         for item in before:
-            self._before[item].append(op)
+            self._before.setdefault(item, []).append(op)
 
     def sort(self) -> None:
         """Reorder the graph: a node moves up where something above it has to follow it."""

@@ -1,23 +1,25 @@
-"""Read an index_put as a write of tokens into the slots of a cache [N, P, Hkv, D]."""
+"""Read an eager write as one of tokens into the slots of a cache [N, P, Hkv, D]."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import guard_or_false, sym_eq
+from torch.fx import Node
 from torch.fx.node import map_arg
 
+from torch_tkv.ops.checks import CACHE_DTYPES, has_e4m3fn
 from torch_tkv.passes.cache_versions import CacheVersions, Write
-from torch_tkv.passes.views import Step, View, arguments, call, permute, same, value
+from torch_tkv.passes.quantised import FLOATS, Cast
+from torch_tkv.passes.targets import READERS, NotSlotsError, Target, halves
+from torch_tkv.passes.views import RESHAPES, View, same, same_by_guard, value
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INDEX_DTYPES = (torch.int32, torch.int64)
+# float8_e4m3fn tokens are cast to bfloat16 and back, which changes none of their values.
+TOKEN_DTYPES = (*FLOATS, torch.float8_e4m3fn)
 # What computes x // n and x % n, rounded down, and n from the second operand of each.
 QUOTIENTS: dict[Any, Callable[[int], int]] = {
     aten.div.Tensor_mode: lambda n: n,
@@ -30,34 +32,54 @@ REMAINDERS: dict[Any, Callable[[int], int]] = {
     aten.bitwise_and.Scalar: lambda mask: mask + 1 if mask & (mask + 1) == 0 else 0,
 }
 
+# Note [Grids of slots]
+# A write goes to a grid of slots: its tokens are [*grid, Hkv, D] once dimensions are in order.
+# The cache has one or two dimensions of slots, in front when in order too, and each has an index: a
+# view that broadcasts to the grid, or None for all rows, along a grid dimension of their own.
+#   cache[slots] = k                 [S, Hkv, D]       grid [T]      (slots,)
+#   cache[blocks, offsets] = k       [N, P, Hkv, D]    grid [T]      (blocks, offsets)
+#   cache.index_copy_(2, pos, k)     [B, Hkv, S, D]    grid [B, T]   (None, pos)
+#   cache[blocks] = pages            [N, P, Hkv, D]    grid [T, P]   (blocks[:, None], None)
+#   cache[:, 3:5] = k                [B, 2, Hkv, D]    grid [B, 2]   (None, None)
+
 
 @dataclass(frozen=True, eq=False)
 class SlotWrite:
-    """`cache[index] = tokens`, where the cache is [N, P, Hkv, D] and tokens are [..., Hkv, D].
+    """`cache[index] = tokens / scale`; see Note [Grids of slots].
 
     Attributes:
-        index: the node of the slots, or those of the blocks and of the offsets.
+        cache: [N, P, Hkv, D].
+        tokens: [*grid, Hkv, D].
+        index: the slots, or the blocks and the offsets.
+        cast: how the tokens become what is written; its scale is one number or one for each head.
     """
 
     write: Write
     cache: View
-    tokens: Node
-    index: tuple[Node, ...]
+    tokens: View
+    index: tuple[View | None, ...]
+    cast: Cast
 
     @property
-    def writes(self) -> tuple[Write]:
+    def writes(self) -> tuple[Write, ...]:
         return (self.write,)
 
+    def results(self) -> list[Node]:
+        return []
+
     def operands(self) -> list[Node]:
-        return [self.tokens, *self.index, *self.cache.operands()]
+        views = [self.tokens, *filter(None, self.index)]
+        nodes = [view.base for view in views] + [x for view in views for x in view.operands()]
+        nodes += [self.cast.scale] if isinstance(self.cast.scale, Node) else []
+        return nodes + self.cache.operands()
 
     def fits(self, other: SlotWrite) -> bool:
         """Whether one operator can do both writes."""
         return (
             self.index == other.index
-            and value(self.tokens).dtype == value(other.tokens).dtype
             and self.cache.disjoint(other.cache)
-            and _equal(self.cache.shape[:3], other.cache.shape[:3])
+            and same_by_guard(self.cache.shape[:3], other.cache.shape[:3])
+            and same_by_guard(self.tokens.shape[:-2], other.tokens.shape[:-2])
         )
 
 
@@ -77,62 +99,93 @@ class SameValues:
         return self._first.setdefault((node.target, value(node).dtype, args, str(kwargs)), node)
 
 
-def slot_write(write: Write, caches: CacheVersions, first: SameValues) -> SlotWrite | str:
-    """Return what `write` writes where, or why the operator cannot do the same."""
+def slot_writes(write: Write, caches: CacheVersions, first: SameValues) -> list[SlotWrite]:
+    """Return what `write` writes where: one write, or the two of a stack of K and V.
+
+    Raises:
+        NotSlotsError: no operator can do the same.
+    """
+    read = READERS.get(write.node.target)
     if write.node.target is aten.as_strided_scatter.default:
-        return "two inputs are views that interleave in one storage: pass what they are views of"
-    if write.node.target is not aten.index_put.default:
-        return f"{write.node.target} is no write by index: use cache[slots] = x or index_copy_"
-    args = arguments(write.node)
-    indices, tokens = args["indices"], args["values"]
-    index = [i for i in indices if i is not None]
-    if args["accumulate"]:
-        return "accumulate=True adds to the cache"
-    if any(value(i).dtype not in INDEX_DTYPES for i in index):
-        return "the index is a mask: use int32 or int64 slots (slot < 0 wraps as usual)"
-    if any(caches.mutated(view.base) for view in map(caches.view, [tokens, *index]) if view):
-        return "the written value or its index is itself a view of a mutated tensor"
-    view = _slot_major(write.view, indices)
-    if isinstance(view, str):
-        return view
-    shapes = [[*value(i).shape, *view.shape[-2:]] for i in index]
-    # An assignment drops leading dimensions of 1 from the value.
-    ones = [1] * (len(shapes[0]) - value(tokens).dim())
-    if not all(_equal([*ones, *value(tokens).shape], shape) for shape in shapes):
-        return "the value is broadcast: expand it to [tokens, Hkv, D]"
-    if len(index) == 1:
-        view, index = _paged(view), [first(index[0])]
-    else:
-        index = _as_slots(first(index[0]), first(index[1]), view.shape[1])
-    reason = _storage(view, tokens, index)
-    return reason or SlotWrite(write, view, tokens, tuple(index))
+        why = "two inputs are views that interleave in one storage: pass what they are views of"
+        raise NotSlotsError(why)
+    if not is_cache_like(write):
+        raise NotSlotsError("the tensor has no dimension of heads")
+    if read is None:
+        text = f"{write.node.target} is no write by index: use cache[slots] = x or index_copy_"
+        raise NotSlotsError(text)
+    target = read(write, first)
+    nodes = [target.tokens.base, *(view.base for view in target.index.values() if view)]
+    if any(caches.mutated(view.base) for node in nodes for view in caches.shown(node)):
+        raise NotSlotsError("the written value or its index is itself a view of a mutated tensor")
+    return [_slot_write(write, half) for half in halves(target)]
 
 
 def is_cache_like(write: Write) -> bool:
-    """Whether a write that is left alone is worth a line in the report."""
-    return len(write.view.shape) > 2 or write.node.target is aten.as_strided_scatter.default
+    """Whether a write goes to what was a tensor of slots, heads and head size at some time."""
+    view, target = write.view, write.node.target
+    ranks = [len(value(view.base).shape), *(len(step.shape) for step in view.steps)]
+    return max(ranks) > 2 or target is aten.as_strided_scatter.default
 
 
-def _slot_major(view: View, indices: Sequence[Node | None]) -> View | str:
-    """Return the view with its indexed dimensions in front: [slots, Hkv, D] or [N, P, Hkv, D]."""
-    rank, indexed = len(view.shape), [dim for dim, i in enumerate(indices) if i is not None]
-    if indexed[0] != 0:
-        return "the first dimension is not indexed: the cache must be [slots or blocks, ...]"
-    if len(indexed) > 2 or rank != len(indexed) + 2:
-        return (
-            f"{len(indexed)} index tensors into {rank} dimensions: expected cache[slots] of "
-            "[slots, Hkv, D], or cache[blocks, offsets] of [N, P, Hkv, D] in any order"
-        )
-    order = [*indexed, *(dim for dim in range(rank) if dim not in indexed)]
-    return view.then(permute(order, [view.shape[dim] for dim in order]))
+def _slot_write(write: Write, target: Target) -> SlotWrite:
+    view, tokens, index = target.view, target.tokens, dict(target.index)
+    rank, last = target.grid_rank, len(view.shape) - 1
+    free = [dim for dim in range(last) if dim not in index]
+    if last in index or not 1 <= last - min(len(free), 1) <= 2:
+        raise NotSlotsError(_EXPECTED.format(len(index), last + 1))
+    if not free:  # no heads: one of the whole row
+        view, tokens = view.unsqueeze(last), tokens.unsqueeze(rank)
+        free, heads, last = [last], last, last + 1
+    heads = free[-1] if target.heads is None else target.heads
+    slots = [dim for dim in range(last) if dim != heads]
+    place = {dim: rank + i for i, dim in enumerate([*free, last])}
+    grid: list[int] = []
+    for dim in slots:
+        grid += [place[dim]] if dim in place else [i for i in range(rank) if i not in grid]
+    cast = target.cast
+    if target.scaled not in (None, heads):
+        cast, tokens = Cast(cast.quotient), replace(tokens, base=cast.quotient)
+    tokens = tokens.permute([*grid, place[heads], place[last]])
+    view = view.permute([*slots, heads, last])
+    indices = [index.get(dim) for dim in slots]
+    if len(slots) == 2 and slots[1] in place and indices[0] is not None:
+        indices[0] = indices[0].unsqueeze(len(indices[0].shape))
+    if len(slots) == 1:
+        view = _paged(view)
+    elif indices[0] is not None and indices[1] is not None:
+        indices = _as_slots(indices[0], indices[1], view.shape[1])
+    elif same(view.shape[0], 1) and indices[0] is None and indices[1] is not None:
+        indices = indices[1:]  # one row of slots
+    indices = [None if i is None else _canonical(i) for i in indices]
+    _require_written(view, cast.source, indices)
+    return SlotWrite(write, view, tokens, tuple(indices), cast)
 
 
-def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether sizes are equal, here and by a guard on later calls.
+_EXPECTED = (
+    "{} indices into {} dimensions: expected cache[slots] of [slots, Hkv, D], "
+    "cache[blocks, offsets] "
+    "of [N, P, Hkv, D], or cache[:, positions] of [B, S, Hkv, D], in any order"
+)
 
-    index_put guards on nothing, so sizes that have to be equal often carry unrelated symbols.
-    """
-    return len(a) == len(b) and bool(guard_or_false(sym_eq(tuple(a), tuple(b))))
+
+def _canonical(index: View) -> View:
+    """Return an index seen from what it was before dimensions of size 1 came and went."""
+    sizes = [n for n in index.shape if not same(n, 1)]
+    if len(sizes) != 1:
+        return index
+    root = index.base
+    while root.target in RESHAPES:
+        before: Any = root.args[0]
+        if not same([n for n in value(before).shape if not same(n, 1)], sizes):
+            break
+        root = before
+    if value(root).dim() != 1:
+        return index
+    view = View(root)
+    for _ in range(next(i for i, n in enumerate(reversed(index.shape)) if not same(n, 1))):
+        view = view.unsqueeze(len(view.shape))
+    return view
 
 
 def _paged(view: View) -> View:
@@ -140,16 +193,17 @@ def _paged(view: View) -> View:
     for whole in view.reshapes():
         if len(whole.shape) == 4 and same(whole.shape[2:], view.shape[1:]):
             return whole
-    shape = [view.shape[0], 1, *view.shape[1:]]
-    return view.then(Step("reshape", aten.unsqueeze.default, (1,), shape))
+    return view.unsqueeze(1)
 
 
-def _as_slots(blocks: Node, offsets: Node, block_size: Any) -> list[Node]:
+def _as_slots(blocks: View, offsets: View, block_size: Any) -> list[View | None]:
     """Return [slots] where blocks and offsets are slots // P and slots % P, else both."""
-    slots, divisor = _operands(blocks, QUOTIENTS)
-    if slots is None or (slots, divisor) != _operands(offsets, REMAINDERS):
+    slots, divisor = _operands(blocks.base, QUOTIENTS)
+    if slots is None or (slots, divisor) != _operands(offsets.base, REMAINDERS):
         return [blocks, offsets]
-    return [slots] if same(divisor, block_size) else [blocks, offsets]
+    if blocks.steps != offsets.steps or not same(divisor, block_size):
+        return [blocks, offsets]
+    return [replace(blocks, base=slots)]
 
 
 def _operands(node: Node, ops: dict[Any, Callable[[int], int]]) -> tuple[Any, Any]:
@@ -162,78 +216,23 @@ def _operands(node: Node, ops: dict[Any, Callable[[int], int]]) -> tuple[Any, An
     return x, ops[node.target](n) if isinstance(n, int) else n
 
 
-def _storage(view: View, tokens: Node, index: Sequence[Node]) -> str | None:
-    """Say why the operator cannot write these tensors, if it cannot."""
+def _require_written(view: View, source: Node, index: Sequence[View | None]) -> None:
+    """Raise where the operator cannot write these tensors."""
     base = value(view.base)
     with base.fake_mode:
         cache = view.replay(base)
     if cache.untyped_storage()._cdata != base.untyped_storage()._cdata:
-        return "the cache is reshaped into a copy: index it in the order in which it lies"
-    if not same(cache.stride(-1), 1):
-        return "the last stride of the cache is not 1: keep the head size contiguous"
-    if cache.dtype not in DTYPES or value(tokens).dtype != cache.dtype:
-        return f"the operator does not write {value(tokens).dtype} into {cache.dtype}"
-    if any(value(arg).device != cache.device for arg in (tokens, *index)):
-        return "the value, the index and the cache lie on different devices"
-    return None
-
-
-def emit(graph: Graph, k: SlotWrite, v: SlotWrite, slots: dict[Hashable, Node]) -> Node:
-    """Insert the operator that does both writes; `slots` holds slot_mappings to share."""
-    shape = tuple(map(str, k.cache.shape[:2]))
-    if (k.index, shape) not in slots:
-        slots[k.index, shape] = _slot_mapping(graph, k)
-    return graph.call_function(
-        torch.ops.tkv.reshape_and_cache.default,
-        (
-            _rows(graph, k.tokens, 3),
-            _rows(graph, v.tokens, 3),
-            k.cache.build(graph),
-            v.cache.build(graph),
-            slots[k.index, shape],
-        ),
-        {"wrap": len(k.index) == 1},
-    )
-
-
-def _rows(graph: Graph, node: Node, rank: int) -> Node:
-    """Flatten the leading dimensions to one, and have a last stride of 1."""
-    if value(node).dim() != rank:
-        sizes = [_size(graph, node, dim) for dim in range(1 - rank, 0)]
-        node = call(graph, aten.reshape.default, node, [-1, *sizes])
-    if rank > 1 and not same(value(node).stride(-1), 1):
-        node = call(graph, aten.clone.default, node, memory_format=torch.contiguous_format)
-    return node
-
-
-def _slot_mapping(graph: Graph, write: SlotWrite) -> Node:
-    """Insert the computation of the slots [T] of a write.
-
-    Blocks and offsets wrap one by one, as in eager indexing. An offset out of range makes a slot
-    that is out of range, and not one of another block.
-    """
-    index = [_rows(graph, node, 1) for node in write.index]
-    if len(index) == 1:
-        return index[0]
-    cache = write.cache.build(graph)
-    num_blocks, block_size = _size(graph, cache, 0), _size(graph, cache, 1)
-    blocks, offsets = _wrap(graph, index[0], num_blocks), _wrap(graph, index[1], block_size)
-    slots = call(graph, aten.mul.Tensor, blocks, block_size)
-    slots = call(graph, aten.add.Tensor, slots, offsets)
-    remainder = call(graph, aten.remainder.Scalar, offsets, block_size)
-    inside = call(graph, aten.eq.Tensor, remainder, offsets)
-    options = {"dtype": torch.int64, "device": value(slots).device, "pin_memory": False}
-    outside = call(graph, aten.full.default, [], torch.iinfo(torch.int64).max, **options)
-    return call(graph, aten.where.self, inside, slots, outside)
-
-
-def _wrap(graph: Graph, index: Node, size: int | Node) -> Node:
-    if value(index).dtype != torch.int64:
-        index = call(graph, prims.convert_element_type.default, index, torch.int64)
-    negative = call(graph, aten.lt.Scalar, index, 0)
-    return call(graph, aten.where.self, negative, call(graph, aten.add.Tensor, index, size), index)
-
-
-def _size(graph: Graph, node: Node, dim: int) -> int | Node:
-    size = value(node).shape[dim]
-    return size if isinstance(size, int) else call(graph, aten.sym_size.int, node, dim)
+        why = "the cache is reshaped into a copy: index it in the order in which it lies"
+    elif not same(cache.stride(-1), 1):
+        why = "the last stride of the cache is not 1: keep the head size contiguous"
+    elif value(source).dtype == torch.float8_e5m2:
+        why = "a cast to float8_e5m2 overflows to infinity: clamp to its range first"
+    elif cache.dtype not in CACHE_DTYPES or value(source).dtype not in TOKEN_DTYPES:
+        why = f"the operator does not write {value(source).dtype} into {cache.dtype}"
+    elif cache.dtype == torch.float8_e4m3fn and not has_e4m3fn(cache.device):
+        why = "this GPU has no float8_e4m3fn: use float8_e5m2"
+    elif any(value(x).device != cache.device for x in (source, *(i.base for i in index if i))):
+        why = "the value, the index and the cache lie on different devices"
+    else:
+        return
+    raise NotSlotsError(why)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true, sym_eq
 from torch.fx.node import map_arg
 
 aten = torch.ops.aten
@@ -45,6 +45,14 @@ def same(a: Any, b: Any) -> bool:
     return statically_known_true(sym_eq(a, b))
 
 
+def same_by_guard(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether sizes are equal, here and by a guard on later calls.
+
+    index_put guards on nothing, so sizes that have to be equal often carry unrelated symbols.
+    """
+    return len(a) == len(b) and bool(guard_or_false(sym_eq(tuple(a), tuple(b))))
+
+
 def arguments(node: Node) -> dict[str, Any]:
     """Return the arguments of an operator call by their names in its schema."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
@@ -63,6 +71,17 @@ def call(graph: Graph, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Nod
     return node
 
 
+def size_node(graph: Graph, node: Node, dim: int) -> int | Node:
+    """Return a size of a node: a number, or a node that is inserted for it."""
+    size = value(node).shape[dim]
+    return size if isinstance(size, int) else call(graph, aten.sym_size.int, node, dim)
+
+
+def calculate(graph: Graph, op: Callable[[Any, Any], Any], a: int | Node, b: int | Node) -> Any:
+    """Return `op(a, b)` of two sizes: a number, or a node that is inserted for it."""
+    return call(graph, op, a, b) if isinstance(a, Node) or isinstance(b, Node) else op(a, b)
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """One view: `op(previous, *args)` of the given shape, where `kind` says how it composes."""
@@ -79,6 +98,9 @@ class Step:
             self.kind == "reshape" or same(self.args, other.args)
         )
 
+    def __hash__(self) -> int:
+        return hash(self.kind)
+
     def extent(self) -> tuple[int, int, int] | None:
         """Return (dim, start, stop) of the rows that a select or slice keeps, if they are known."""
         match self.kind, self.args:
@@ -91,11 +113,16 @@ class Step:
 
 @dataclass(frozen=True)
 class View:
-    """`steps` applied to version `version` of the graph input `base`."""
+    """`steps` applied to version `version` of the tensor `base`.
+
+    Attributes:
+        dtype: what its bits are read as, of the same size as the dtype of the base; None is that.
+    """
 
     base: Node
     steps: tuple[Step, ...] = ()
     version: int = 0
+    dtype: torch.dtype | None = None
 
     @property
     def shape(self) -> Sequence[Any]:
@@ -120,6 +147,20 @@ class View:
                 return rest
             return replace(rest, steps=(*rest.steps, permute(order, step.shape)))
         return replace(self, steps=(*self.steps, step))
+
+    def select(self, dim: int, index: Any) -> View:
+        return self.then(select(dim, index, self.shape))
+
+    def permute(self, order: Sequence[int]) -> View:
+        return self.then(permute(order, [self.shape[dim] for dim in order]))
+
+    def unsqueeze(self, dim: int) -> View:
+        shape = [*self.shape[:dim], 1, *self.shape[dim:]]
+        return self.then(Step("reshape", aten.unsqueeze.default, (dim,), shape))
+
+    def view_as(self, dtype: torch.dtype) -> View:
+        """Return this view with its bits read as another dtype of the same size."""
+        return replace(self, dtype=None if dtype == value(self.base).dtype else dtype)
 
     def reshapes(self) -> list[View]:
         """Return this view and those before it that hold its elements in the same order."""
@@ -155,14 +196,14 @@ class View:
         """Apply the steps to a tensor."""
         for step in self.steps:
             base = step.op(base, *map_arg(step.args, value))
-        return base
+        return base if self.dtype is None else base.view(self.dtype)
 
     def build(self, graph: Graph) -> Node:
         """Insert the steps, starting from the base itself."""
         node = self.base
         for step in self.steps:
             node = call(graph, step.op, node, *step.args)
-        return node
+        return node if self.dtype is None else call(graph, aten.view.dtype, node, self.dtype)
 
     def operands(self) -> list[Node]:
         """Return the nodes that hold symbolic sizes and indices of the steps."""

@@ -13,7 +13,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch._inductor import config
 
-from torch_tkv.passes.cache_write import CacheWrite
+from torch_tkv.passes.pipeline import Pipeline
 from torch_tkv.passes.report import report
 
 P, H, D = 4, 2, 16
@@ -46,7 +46,7 @@ class Model(torch.nn.Module):
 
 def compile_model() -> None:
     inputs = (torch.randn(3, H, D), torch.tensor([1, 9, 22]))
-    with config.patch(post_grad_custom_post_pass=CacheWrite()):
+    with config.patch(post_grad_custom_post_pass=Pipeline()):
         torch.compile(Model(), backend=post_grad_only)(*inputs)
 
 
@@ -57,11 +57,11 @@ def test_the_report_tells_module_source_and_reason_of_every_layer() -> None:
     assert_expected_inline(
         text,
         """\
-torch_tkv: padding="wrap" (slot -1 is the last slot)
 graph 0, compiled 1x
-  layers.0  test_report.py:K, test_report.py:V  fused
+  padding="wrap" (slot -1 is the last slot, as in eager PyTorch)
+  layers.0  test_report.py:K, test_report.py:V  fused: cache write
   layers.1  test_report.py:K, test_report.py:V  not fused: accumulate=True adds to the cache
-  layers.2  test_report.py:K, test_report.py:V  fused
+  layers.2  test_report.py:K, test_report.py:V  fused: cache write
 2 of 3 layers: cache write fused""",
     )
 
@@ -78,15 +78,15 @@ def test_the_same_graph_compiled_twice_is_listed_once() -> None:
 PROGRAM = """
 import torch, torch_tkv
 from torch._dynamo.utils import counters
-from torch_tkv.passes import cache_write
+from torch_tkv.passes.pipeline import Pipeline
 from torch_tkv.passes.report import report
 
-runs, call = 0, cache_write.CacheWrite.__call__
+runs, call = 0, Pipeline.__call__
 def counted(self, graph):
     global runs
     runs += 1
     call(self, graph)
-cache_write.CacheWrite.__call__ = counted
+Pipeline.__call__ = counted
 
 def step(kc, vc, k, v, s):
     kc[s // 4, s % 4] = k

@@ -128,7 +128,7 @@ def cache_sized(code: str, numel: int, symbol: int) -> list[str]:
     `symbol` stands in for every symbolic size.
     """
     body = code[code.index("def call(") :]
-    found = re.findall(r"cpp_fused_\w*(?:index_put|copy_)\w*\(", body)
+    found = re.findall(r"cpp_fused_\w*(?:index_put|(?<!_to_)copy_)\w*\(", body)
     for sizes in re.findall(r"empty_strided\w*\(\(([^)]*)\)", body):
         # A size may be an expression, such as 2*s7 + 1.
         numbers = re.sub(r"s\d+", str(symbol), sizes).rstrip(", ")
