@@ -195,6 +195,9 @@ def rewrite(graph: Graph, plan: Plan, padding: str) -> dict[Any, Node]:
             ops[op] = op.emit(graph, padding, slots)
         kept = ("nn_module_stack", "stack_trace")
         ops[op].meta |= {name: last.meta.get(name) for name in kept}
+    for made in ops.values():
+        for result in list(made.users):  # see Call.emit
+            result.replace_all_uses_with(made)
     for base in dict.fromkeys(write.view.base for op in plan.ops for write in op.writes):
         _read_in_place(graph, base, plan.caches)
     for node in reversed(graph.nodes):

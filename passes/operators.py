@@ -171,9 +171,9 @@ class Call:
         made = graph.call_function(self._operator, tuple(args), given)
         made.meta["val"] = value(self.node)[0]
         assert len(schema.returns) <= 1, "an operator of ours returns one tensor at most"
-        for result in self.node.users:
-            if result.args[1] == 0:
-                result.replace_all_uses_with(made)
+        for result in list(self.node.users):
+            if result.args[1] == 0:  # it stays the same node, which others may be planned to read
+                result.target, result.args = aten.alias.default, (made,)
         return made
 
 

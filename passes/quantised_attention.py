@@ -28,57 +28,51 @@ def fuse_output_scale(graph: Graph, findings: Findings) -> None:
         if not is_cast(node) or value(node).dtype != torch.float8_e4m3fn:
             continue
         cast = uncast(node, torch.float8_e4m3fn)
-        attention = None if cast is None else _attention(cast.source)
-        if cast is None or cast.scale is None or attention is None:
+        path = [] if cast is None or cast.scale is None else _path(cast.source)
+        if cast is None or not path:
             continue
-        reason = _reason(node, cast, attention)
-        layer = Layer(module(node), source([attention, node]), None if reason else FUSED, reason)
-        findings.attention.append(layer)
+        reason = _reason(node, cast, path)
+        lines = source([path[-1], node])
+        fused = None if reason else FUSED
+        findings.attention.append(Layer(module(node), lines, fused, reason))
         if reason is None:
-            _fuse(graph, node, cast, attention)
+            _fuse(graph, node, cast, path)
 
 
-def _attention(node: Node) -> Node | None:
-    """Return the call of paged_attention whose output a node shows."""
-    while node.target in RESHAPES:
-        node = node.args[0]  # type: ignore[assignment]
-    return node if node.target is tkv.paged_attention.default else None
+def _path(node: Node) -> list[Node]:
+    """Return a view and what it is of, down to a call of paged_attention; nothing if it is none."""
+    path = [node]
+    while path[-1].target in RESHAPES:
+        path.append(path[-1].args[0])  # type: ignore[arg-type]
+    return path if path[-1].target is tkv.paged_attention.default else []
 
 
-def _reason(node: Node, cast: Cast, attention: Node) -> str | None:
+def _reason(node: Node, cast: Cast, path: list[Node]) -> str | None:
     """Say why the quantisation is left alone, if it is."""
+    attention = path[-1]
     if arguments(attention)["output_scale"] is not None:
         return "the output is quantised twice"
     if scale_dims(cast.scale, value(node).dim()):
         return "the scale varies: the operator takes one for the whole output"
     if cast.exact and value(attention).dtype != torch.float32:
         return f"divided in float32, which keeps a rounding: divide in {value(attention).dtype}"
+    step = node
+    while step is not attention:
+        step = step.args[0]  # type: ignore[assignment]
+        if len(step.users) != 1:
+            return "the output is also used as it is"
     between = attention
     while between is not node:
-        if len(between.users) != 1 and between in _path(node, attention):
-            return "the output is also used as it is"
+        between = between.next
         if mutated_arguments(between):
             return "a cache is written between attention and the quantisation"
-        between = between.next
     return None
 
 
-def _path(node: Node, attention: Node) -> list[Node]:
-    """Return the nodes from the call to its quantised output."""
-    path = [node]
-    while path[-1] is not attention:
-        path.append(path[-1].args[0])  # type: ignore[arg-type]
-    return path[1:]
-
-
-def _fuse(graph: Graph, node: Node, cast: Cast, attention: Node) -> None:
-    views = []
-    view = cast.source
-    while view is not attention:
-        views.append(view)
-        view = view.args[0]  # type: ignore[assignment]
+def _fuse(graph: Graph, node: Node, cast: Cast, path: list[Node]) -> None:
+    *views, attention = path
+    assert cast.scale is not None
     with graph.inserting_before(node):
-        assert cast.scale is not None
         scale = scale_tensor(graph, cast.scale, value(attention).device)
         given = arguments(attention) | {"output_scale": scale}
         schema = attention.target._schema.arguments  # type: ignore[union-attr]
@@ -86,7 +80,8 @@ def _fuse(graph: Graph, node: Node, cast: Cast, attention: Node) -> None:
         new = call(graph, tkv.paged_attention.default, *args, **given)
         for view in reversed(views):
             new = call(graph, view.target, new, *view.args[1:])  # type: ignore[arg-type]
-    path = _path(node, attention)
     node.replace_all_uses_with(new)
-    for old in (node, *path):
-        graph.erase_node(old)
+    while node is not attention:  # the cast, the clamps, the division and the views
+        node, done = node.args[0], node  # type: ignore[assignment]
+        graph.erase_node(done)
+    graph.erase_node(attention)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node

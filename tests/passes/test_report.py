@@ -13,6 +13,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch._inductor import config
 
+from torch_tkv import explain
 from torch_tkv.passes.pipeline import Pipeline
 from torch_tkv.passes.report import report
 
@@ -125,3 +126,34 @@ def test_the_report_is_the_same_where_a_cached_graph_is_loaded(
     assert first.startswith("1 {")
     assert "'fused': 1" in first
     assert second == first.replace("1", "0", 1)
+
+
+def step(kc: Tensor, vc: Tensor, x: Tensor, slots: Tensor) -> None:
+    kc[slots // P, slots % P] = x
+    vc[slots // P, slots % P] = x
+
+
+def make_inputs() -> tuple[Tensor, ...]:
+    return *torch.zeros(2, 7, P, H, D), torch.ones(3, H, D), torch.tensor([1, 9, 22])
+
+
+def test_explain_reports_on_what_it_compiles_and_on_nothing_else() -> None:
+    compile_model()
+    compiled = torch.compile(step, backend="tkv")
+    compiled(*make_inputs())
+    for function in (step, compiled):
+        inputs = make_inputs()
+        found = explain(function, *inputs)
+        assert (found.as_dict()["layers"], found.as_dict()["fused"]) == (1, 1)
+        assert inputs[1].count_nonzero() == 3 * H * D
+    assert str(explain(torch.nn.Identity(), inputs[0])) == "no compiled graph writes to a cache"
+
+
+def test_each_layer_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "torch_tkv.passes"):
+        compile_model()
+    ours = [record for record in caplog.records if record.name == "torch_tkv.passes"]
+    *outcomes, graph = [record.getMessage() for record in ours]
+    assert [line.split()[0] for line in outcomes] == ["layers.0", "layers.1", "layers.2"]
+    assert outcomes[1].endswith("not fused: accumulate=True adds to the cache")
+    assert "reshape_and_cache" in graph

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -67,7 +68,7 @@ def define(
         refuse_autograd(stem, args)
         check(*args, **kwargs)
         mutated = [args[i].untyped_storage()._cdata for i in mutable]
-        if len(set(mutated)) < len(mutated):
+        if len(set(mutated)) < len(mutated) and not _has_passes():
             _warn_of_shared_storage(stem)
         return fake(*args, **kwargs) if fake is not None else None
 
@@ -80,13 +81,27 @@ def define(
     torch.library.register_fake(f"tkv::{stem}", on_fake, lib=_LIBRARY)
 
 
+def _has_passes() -> bool:
+    """Whether what is compiled now goes through the passes of torch_tkv, which make it right."""
+    dynamo: Any = sys.modules.get("torch._dynamo.symbolic_convert")
+    try:
+        backend = dynamo.InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # nothing is compiled by Dynamo
+        return False
+    options = getattr(backend, "config", None)  # of the backend "inductor"
+    custom = options.get("post_grad_custom_post_pass") if isinstance(options, dict) else None
+    backend = getattr(backend, "compiler_fn", backend)  # torch.compile wraps other ones
+    modules = type(custom).__module__, str(getattr(backend, "__module__", ""))
+    return any(module.startswith("torch_tkv.") for module in modules)
+
+
 @functools.cache
 def _warn_of_shared_storage(stem: str) -> None:
     """Say once that a compiled call is one of those that torch.compile gets wrong."""
     warnings.warn(
         f"{stem}: two tensors that it mutates share a storage. torch.compile may copy that storage "
-        "at every call, and up to torch 2.15 it may write to the wrong rows. Give K and V storages "
-        "of their own, hand the whole tensor to tkv::reshape_and_cache_packed, or write in eager "
-        'PyTorch, cache[block, offset] = k, and compile with backend="tkv"',
+        "at every call, and up to torch 2.15 it may write to the wrong rows. Compile with "
+        'backend="tkv", which writes in place, or give K and V storages of their own, or hand the '
+        "whole tensor to tkv::reshape_and_cache_packed",
         stacklevel=2,
     )
