@@ -74,7 +74,14 @@ def call(graph: Graph, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Nod
 def size_node(graph: Graph, node: Node, dim: int) -> int | Node:
     """Return a size of a node: a number, or a node that is inserted for it."""
     size = value(node).shape[dim]
-    return size if isinstance(size, int) else call(graph, aten.sym_size.int, node, dim)
+    if isinstance(size, int):
+        return size
+    inserted = call(graph, aten.sym_size.int, node, dim)
+    size = value(inserted)
+    if isinstance(size, int):  # a guard has made it one
+        graph.erase_node(inserted)
+        return size
+    return inserted
 
 
 def calculate(graph: Graph, op: Callable[[Any, Any], Any], a: int | Node, b: int | Node) -> Any:
