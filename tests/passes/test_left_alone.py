@@ -72,7 +72,7 @@ def scaled(kc: Tensor, vc: Tensor, k: Tensor, v: Tensor, s: Tensor) -> None:
 
 def one_of_three(kc: Tensor, vc: Tensor, k: Tensor, v: Tensor, s: Tensor) -> None:
     kc[s // P, s % P], vc[s // P, s % P] = k, v
-    vc[0] = 0.0
+    vc.index_put_((s % N, s % P), v, accumulate=True)
 
 
 def head_size_in_front(kc: Tensor, vc: Tensor, k: Tensor, v: Tensor, s: Tensor) -> None:

@@ -76,6 +76,9 @@ def test_a_quantised_write_is_one_operator(how: str, as_bytes: bool) -> None:
             writer(quantise)(kc.view(E4M3), vc.view(E4M3), *args)
 
     (kc, vc), tokens = make_inputs(E4M3, torch.float32)
+    if how == "cast":  # up to torch 2.12, what is too large becomes NaN, which is equal to nothing
+        tokens[0].clamp_(-LIMIT, LIMIT)
+        tokens[1].clamp_(-LIMIT, LIMIT)
     if as_bytes:
         kc, vc = kc.view(torch.uint8), vc.view(torch.uint8)
     result = run_compiled(program, [kc, vc], *tokens, generate=False)
