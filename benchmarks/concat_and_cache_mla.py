@@ -10,8 +10,19 @@ from collections.abc import Iterator, Sequence
 
 import harness
 import torch
-from harness import Call, Case, P, optional
-from inputs import DTYPES, bits, make_slots, randn, to_cache
+from harness import Case, P
+from inputs import (
+    DTYPES,
+    add_dtype_option,
+    bits,
+    copy_calls,
+    make_slots,
+    randn,
+    to_cache,
+    vllm_calls,
+    zero,
+    zeros_like,
+)
 from torch import Tensor
 
 import torch_tkv
@@ -39,10 +50,6 @@ def make_case(tokens: int, sets: int, name: str) -> Case:
     cache = randn(num_blocks, P, R + PE).to(dtype)
     rows = [(randn(tokens, R), randn(tokens, PE)) for _ in slots]
     places = [(s // P, s % P) for s in slots]
-    targets = [torch.empty_like(part, dtype=dtype) for part in rows[0]]
-
-    def reset() -> None:
-        bits(cache).zero_()
 
     def tkv(i: int) -> Sequence[Tensor]:
         torch_tkv.concat_and_cache_mla(*rows[i], cache, slots[i])
@@ -56,38 +63,16 @@ def make_case(tokens: int, sets: int, name: str) -> Case:
         write(*rows[i], bits(cache), *places[i])
         return [cache]
 
-    def copy(i: int) -> Sequence[Tensor]:
-        for target, part in zip(targets, rows[i], strict=True):
-            target.copy_(part)
-        return targets
-
     calls = {"tkv": tkv, "inductor cache[b, o] = cat": inductor}
-    calls |= vllm_calls(rows, cache, slots)
-    reset()
-    expected = cache.clone()
+    calls |= vllm_calls("concat_and_cache_mla", rows, [cache], slots, num_scales=1)
+    (expected,) = zeros_like([cache])
     reference.concat_and_cache_mla(*rows[0], expected, slots[0])
     size = count_bytes(tokens, torch.bfloat16, dtype)
-    return Case(name, tokens, size, reset, [expected], calls, {"torch copies": copy})
-
-
-def vllm_calls(
-    rows: Sequence[tuple[Tensor, Tensor]], cache: Tensor, slots: Sequence[Tensor]
-) -> dict[str, Call]:
-    """Return vLLM's own kernel, if vLLM is installed."""
-    ops = optional("vllm._custom_ops")
-    if ops is None:
-        return {}
-    kind = "fp8" if cache.dtype.itemsize == 1 else "auto"
-    scale = torch.ones(1, device="cuda")
-
-    def call(i: int) -> Sequence[Tensor]:
-        ops.concat_and_cache_mla(*rows[i], bits(cache), slots[i], kind, scale)
-        return [cache]
-
-    return {"vllm": call}
+    copies = copy_calls(rows, dtype)
+    return Case(name, tokens, size, lambda: zero([cache]), [expected], calls, copies)
 
 
 if __name__ == "__main__":
     parser = harness.parser(__doc__)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
+    add_dtype_option(parser)
     harness.run("concat_and_cache_mla", make_cases, parser.parse_args())

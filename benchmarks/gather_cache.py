@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import harness
 import torch
-from harness import HKV, Case, D, P
-from inputs import DTYPES, add_cache_options, make_caches, make_slots
+from harness import DEVICE, HKV, Case, D, P
+from inputs import DTYPES, add_cache_options, copy_calls, make_caches, make_slots
 from torch import Tensor
 
 import torch_tkv
@@ -42,11 +42,10 @@ def make_case(tokens: int, sets: int, layout: str, name: str) -> Case:
     pages = [(s[::P] // P).int() for s in slots]
     cuts = cut(len(pages[0]))
     lengths = torch.tensor(cuts).diff() * P
-    starts = torch.cat((torch.zeros(1), lengths.cumsum(0).clamp(max=tokens))).int().cuda()
+    starts = torch.cat((torch.zeros(1), lengths.cumsum(0).clamp(max=tokens))).int().to(DEVICE)
     tables = [make_table(order, cuts) for order in pages]
-    k_scale, v_scale = torch.rand(2, device="cuda") + 0.5 if dtype.itemsize == 1 else (None, None)
-    targets = [torch.empty(tokens, HKV, D, dtype=dtype, device="cuda") for _ in caches]
-    outs = [torch.empty_like(target, dtype=torch.bfloat16) for target in targets]
+    k_scale, v_scale = torch.rand(2, device=DEVICE) + 0.5 if dtype.itemsize == 1 else (None, None)
+    rows = [[torch.empty(tokens, HKV, D, dtype=dtype, device=DEVICE) for _ in caches]] * sets
 
     def tkv(i: int) -> Sequence[Tensor]:
         return torch_tkv.gather_cache(*caches, tables[i], starts, tokens, k_scale, v_scale)
@@ -68,18 +67,13 @@ def make_case(tokens: int, sets: int, layout: str, name: str) -> Case:
     def inductor(i: int) -> Sequence[Tensor]:
         return index(*caches, slots[i], k_scale, v_scale)
 
-    def copy(i: int) -> Sequence[Tensor]:
-        for out, target in zip(outs, targets, strict=True):
-            out.copy_(target)
-        return outs
-
     expected = reference.gather_cache(
         *caches, tables[0], starts, tokens, k_scale, v_scale, dtype=torch.bfloat16
     )
     size = count_bytes(tokens, dtype, torch.bfloat16)
     calls = {"tkv": tkv, "inductor cache[b, o]": inductor}
-    label = f"{layout} {name}"
-    return Case(label, tokens, size, lambda: None, expected, calls, {"torch copies": copy})
+    label, copies = f"{layout} {name}", copy_calls(rows, torch.bfloat16)
+    return Case(label, tokens, size, lambda: None, expected, calls, copies)
 
 
 def cut(pages: int) -> list[int]:

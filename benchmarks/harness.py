@@ -28,8 +28,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 TOKENS = (1, 64, 1024, 16384, 65536)
+# Where operators are measured. Without a GPU the tests check them on the CPU.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Head counts, head size and block size of the shapes measured.
 HQ, HKV, D, P = 32, 8, 128, 16
+
+# A progress bar on stderr; none where that is no terminal.
+progress = functools.partial(tqdm, leave=False, disable=None)
 
 # A call on the inputs of one set, by the set's number; returns what it wrote.
 Call = Callable[[int], Sequence[Tensor]]
@@ -46,6 +51,7 @@ class Case(NamedTuple):
     calls: Mapping[str, Call]
     copies: Mapping[str, Call]  # calls that only move as many bytes; not checked
     tolerance: float = 0.0
+    read: Callable[[Sequence[Tensor]], Sequence[Tensor]] = tuple  # what is compared of results
 
 
 class Ceilings(NamedTuple):
@@ -110,7 +116,7 @@ def run(
     torch.manual_seed(0)
     ceilings = measure_ceilings(options.repeats)
     rows: list[Row] = []
-    with torch.no_grad(), tqdm(options.tokens, unit="size", leave=False) as sizes:
+    with torch.no_grad(), progress(options.tokens, unit="size") as sizes:
         for tokens in sizes:
             sets = calls_per_graph(tokens) if options.cold else 1
             for case in make_cases(tokens, sets, options):
@@ -158,7 +164,7 @@ def chosen(name: str, only: Sequence[str] | None) -> bool:
 def check(name: str, call: Call, case: Case) -> None:
     """Exit where a variant does not compute what is expected."""
     case.reset()
-    for got, right in zip(call(0), case.expected, strict=True):
+    for got, right in zip(case.read(call(0)), case.read(case.expected), strict=True):
         try:
             torch.testing.assert_close(
                 got.float(), right.float(), rtol=case.tolerance, atol=case.tolerance

@@ -1,30 +1,64 @@
-"""Random inputs of the benchmarks: paged caches and slots in permuted pages."""
+"""Inputs of the benchmarks, and ways to use them that several share.
+
+Slots lie in permuted pages, tokens in order within them, as those of prompts do.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Sequence
 
 import torch
-from harness import HKV, D, P
+from harness import DEVICE, HKV, Call, D, P, optional
 from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 LAYOUTS = ("NHD", "HND")
+MIN_BLOCKS = 4096
+MAX_POSITIONS = 8192
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what caches are like."""
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["NHD"])
+    add_dtype_option(parser)
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says of which dtypes caches are."""
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
 
 
 def make_slots(tokens: int, sets: int) -> tuple[int, list[Tensor]]:
     """Return a number of blocks, and for each set the slots of `tokens` in pages of its own."""
     pages = -(-tokens // P)
-    num_blocks = max(sets * pages, 4096)
-    order = torch.randperm(num_blocks, device="cuda")[: sets * pages]
-    slots = order.view(sets, pages, 1) * P + torch.arange(P, device="cuda")
+    num_blocks = max(sets * pages, MIN_BLOCKS)
+    order = torch.randperm(num_blocks, device=DEVICE)[: sets * pages]
+    slots = order.view(sets, pages, 1) * P + torch.arange(P, device=DEVICE)
     return num_blocks, list(slots.flatten(1)[:, :tokens].contiguous())
+
+
+def make_random_slots(tokens: int, sets: int) -> tuple[int, list[Tensor]]:
+    """Return the same with each token's slot anywhere, as when many sequences decode."""
+    num_blocks = max(-(-sets * tokens // P), MIN_BLOCKS)
+    slots = torch.randperm(num_blocks * P, device=DEVICE)[: sets * tokens]
+    return num_blocks, list(slots.view(sets, tokens))
+
+
+def make_rows(tokens: int, sets: int, *heads: int) -> list[tuple[Tensor, ...]]:
+    """Return for each set random rows [tokens, H, D], one for each of `heads`."""
+    return [tuple(randn(tokens, h, D) for h in heads) for _ in range(sets)]
+
+
+def make_positions(tokens: int, sets: int) -> list[Tensor]:
+    """Return for each set random positions of `tokens`."""
+    return list(torch.randint(MAX_POSITIONS, (sets, tokens), device=DEVICE))
+
+
+def make_tables() -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines [MAX_POSITIONS, D / 2] of random angles."""
+    angle = torch.rand(MAX_POSITIONS, D // 2, device=DEVICE) * 6.28
+    return angle.cos().bfloat16(), angle.sin().bfloat16()
 
 
 def make_caches(layout: str, dtype: torch.dtype, num_blocks: int) -> tuple[Tensor, Tensor]:
@@ -40,8 +74,26 @@ def make_cache(layout: str, dtype: torch.dtype, num_blocks: int) -> Tensor:
 
 
 def randn(*shape: int) -> Tensor:
-    """Return random bfloat16 numbers on the GPU."""
-    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    """Return random bfloat16 numbers."""
+    return torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
+
+
+def bits(cache: Tensor) -> Tensor:
+    """Return `cache`, one of 8 bits as uint8, which PyTorch can index and fill everywhere."""
+    return cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
+
+
+def zero(caches: Iterable[Tensor]) -> None:
+    """Fill caches with zeros."""
+    for cache in caches:
+        bits(cache).zero_()
+
+
+def zeros_like(caches: Iterable[Tensor]) -> list[Tensor]:
+    """Return caches of the layouts and dtypes of `caches` that hold zeros."""
+    empty = [torch.empty_like(cache) for cache in caches]
+    zero(empty)
+    return empty
 
 
 def to_cache(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,14 +104,40 @@ def to_cache(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def bits(cache: Tensor) -> Tensor:
-    """Return `cache`, a float8 one by its bits, which PyTorch can index and fill everywhere."""
-    return cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return `x` rotated as a Hugging Face model does it, with tables as wide as a head."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def zeros_like(caches: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return caches of the layout and dtype of `caches` that hold zeros."""
-    key_cache, value_cache = (torch.empty_like(cache) for cache in caches)
-    bits(key_cache).zero_()
-    bits(value_cache).zero_()
-    return key_cache, value_cache
+def copy_calls(sources: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> dict[str, Call]:
+    """Return plain copies of the tensors of each set to others of `dtype`."""
+    targets = [torch.empty_like(source, dtype=dtype) for source in sources[0]]
+
+    def copy(i: int) -> Sequence[Tensor]:
+        for target, source in zip(targets, sources[i], strict=True):
+            target.copy_(source)
+        return targets
+
+    return {"torch copies": copy}
+
+
+def vllm_calls(
+    name: str,
+    rows: Sequence[Sequence[Tensor]],
+    caches: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    num_scales: int,
+) -> dict[str, Call]:
+    """Return the write that vLLM names so, if one is installed that has it."""
+    write = getattr(optional("vllm._custom_ops"), name, None)
+    if write is None:
+        return {}
+    kind = "fp8" if caches[0].dtype.itemsize == 1 else "auto"
+    scales = [torch.ones(1, device=DEVICE)] * num_scales
+
+    def call(i: int) -> Sequence[Tensor]:
+        write(*rows[i], *map(bits, caches), slots[i], kind, *scales)
+        return caches
+
+    return {"vllm": call}

@@ -14,7 +14,6 @@ import torch
 from harness import HKV, D, P, Row
 from inputs import make_cache, make_slots, randn
 from torch import Tensor
-from tqdm import tqdm
 
 from torch_tkv.kernels import reshape_and_cache
 
@@ -43,7 +42,7 @@ def plain(*args: Tensor) -> Callable[[], object]:
 def host_us(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Return the median host time of each call, in us, in rounds that take turns."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in tqdm(range(repeats), unit="round", leave=False):
+    for _ in harness.progress(range(repeats), unit="round"):
         for name, call in calls.items():
             call()
             torch.cuda.synchronize()
@@ -67,7 +66,7 @@ def measure(repeats: int) -> list[Row]:
     }
     seen = {"fresh": host_us(calls, repeats)}
     cache = make_cache("NHD", torch.bfloat16, 4096)
-    for tokens in tqdm(range(1, SIGNATURES + 1), unit="signature", leave=False):
+    for tokens in harness.progress(range(1, SIGNATURES + 1), unit="signature"):
         slots = torch.arange(tokens, device="cuda")
         write(randn(tokens, HKV, D), randn(tokens, HKV, D), cache, cache, slots)
     seen[f"after {SIGNATURES} other signatures"] = host_us(calls, repeats)

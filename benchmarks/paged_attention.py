@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-from tqdm import tqdm
 
 import torch_tkv
 from torch_tkv import reference
@@ -466,7 +465,7 @@ def main() -> None:
     print(f"{'case':48} {'variant':14} {'us':>9} {'TB/s':>6} {'TFLOP/s':>8} {'of ceiling':>10}")
     cases = [case for case in make_cases() if re.search(options.only, case.label)]
     rows: list[Row] = []
-    with torch.no_grad(), tqdm(cases, unit="case", leave=False) as progress:
+    with torch.no_grad(), harness.progress(cases, unit="case") as progress:
         for case in progress:
             progress.set_postfix_str(case.label)
             for row in measure(case, ceilings, options):

@@ -10,15 +10,18 @@ from collections.abc import Iterator, Sequence
 
 import harness
 import torch
-from harness import HKV, Call, Case, D, P, optional
+from harness import DEVICE, HKV, Call, Case, D, P, optional
 from inputs import (
     DTYPES,
     add_cache_options,
     bits,
+    copy_calls,
     make_caches,
+    make_rows,
     make_slots,
-    randn,
     to_cache,
+    vllm_calls,
+    zero,
     zeros_like,
 )
 from torch import Tensor
@@ -44,32 +47,24 @@ def make_case(tokens: int, sets: int, layout: str, name: str) -> Case:
     dtype = DTYPES[name]
     num_blocks, slots = make_slots(tokens, sets)
     caches = make_caches(layout, dtype, num_blocks)
-    kv = [(randn(tokens, HKV, D), randn(tokens, HKV, D)) for _ in range(sets)]
-    targets = [torch.empty_like(kv[0][0], dtype=dtype) for _ in range(2)]
-
-    def reset() -> None:
-        for cache in caches:
-            bits(cache).zero_()
+    kv = make_rows(tokens, sets, HKV, HKV)
 
     def tkv(i: int) -> Sequence[Tensor]:
         torch_tkv.reshape_and_cache(*kv[i], *caches, slots[i])
         return caches
 
-    def copy(i: int) -> Sequence[Tensor]:
-        for target, rows in zip(targets, kv[i], strict=True):
-            target.copy_(rows)
-        return targets
-
     calls = {"tkv": tkv, **inductor_calls(kv, caches, slots, layout)}
-    calls |= vllm_calls(kv, caches, slots) | flashinfer_calls(kv, caches, slots, layout)
+    calls |= vllm_calls("reshape_and_cache_flash", kv, caches, slots, num_scales=2)
+    calls |= flashinfer_calls(kv, caches, slots, layout)
     expected = zeros_like(caches)
     reference.reshape_and_cache(*kv[0], *expected, slots[0])
     size = count_bytes(tokens, torch.bfloat16, dtype)
-    return Case(f"{layout} {name}", tokens, size, reset, expected, calls, {"torch copies": copy})
+    label, copies = f"{layout} {name}", copy_calls(kv, dtype)
+    return Case(label, tokens, size, lambda: zero(caches), expected, calls, copies)
 
 
 def inductor_calls(
-    kv: Sequence[tuple[Tensor, Tensor]],
+    kv: Sequence[Sequence[Tensor]],
     caches: tuple[Tensor, Tensor],
     slots: Sequence[Tensor],
     layout: str,
@@ -102,25 +97,8 @@ def inductor_calls(
     return calls
 
 
-def vllm_calls(
-    kv: Sequence[tuple[Tensor, Tensor]], caches: tuple[Tensor, Tensor], slots: Sequence[Tensor]
-) -> dict[str, Call]:
-    """Return vLLM's own kernel, if vLLM is installed."""
-    ops = optional("vllm._custom_ops")
-    if ops is None:
-        return {}
-    kind = "fp8" if caches[0].dtype.itemsize == 1 else "auto"
-    scale = torch.ones(1, device="cuda")
-
-    def call(i: int) -> Sequence[Tensor]:
-        ops.reshape_and_cache_flash(*kv[i], *map(bits, caches), slots[i], kind, scale, scale)
-        return caches
-
-    return {"vllm": call}
-
-
 def flashinfer_calls(
-    kv: Sequence[tuple[Tensor, Tensor]],
+    kv: Sequence[Sequence[Tensor]],
     caches: tuple[Tensor, Tensor],
     slots: Sequence[Tensor],
     layout: str,
@@ -132,10 +110,10 @@ def flashinfer_calls(
     tokens = len(slots[0])
     paged = tuple(cache.transpose(1, 2) if layout == "HND" else cache for cache in caches)
     pages = [(s[::P] // P).int() for s in slots]
-    positions = torch.arange(tokens, dtype=torch.int32, device="cuda")
+    positions = torch.arange(tokens, dtype=torch.int32, device=DEVICE)
     sequence = torch.zeros_like(positions)
-    starts = torch.tensor([0, len(pages[0])], dtype=torch.int32, device="cuda")
-    last = torch.tensor([(tokens - 1) % P + 1], dtype=torch.int32, device="cuda")
+    starts = torch.tensor([0, len(pages[0])], dtype=torch.int32, device=DEVICE)
+    last = torch.tensor([(tokens - 1) % P + 1], dtype=torch.int32, device=DEVICE)
 
     def call(i: int) -> Sequence[Tensor]:
         flashinfer.append_paged_kv_cache(

@@ -17,9 +17,14 @@ from inputs import (
     add_cache_options,
     bits,
     make_caches,
+    make_positions,
+    make_rows,
     make_slots,
+    make_tables,
     randn,
+    rotate,
     to_cache,
+    zero,
     zeros_like,
 )
 from torch import Tensor
@@ -27,7 +32,6 @@ from torch import Tensor
 import torch_tkv
 from torch_tkv import reference
 
-MAX_POSITIONS = 8192
 EPS = 1e-6
 FORMS = ("rope", "qk_norm")
 
@@ -51,16 +55,11 @@ def make_case(tokens: int, sets: int, form: str, layout: str, name: str) -> Case
     dtype = DTYPES[name]
     num_blocks, slots = make_slots(tokens, sets)
     caches = make_caches(layout, dtype, num_blocks)
-    qkv = [(randn(tokens, HQ, D), randn(tokens, HKV, D), randn(tokens, HKV, D)) for _ in slots]
-    positions = [torch.randint(MAX_POSITIONS, (tokens,), device="cuda") for _ in slots]
-    angle = torch.rand(MAX_POSITIONS, D // 2, device="cuda") * 6.28
-    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    qkv = make_rows(tokens, sets, HQ, HKV, HKV)
+    positions = make_positions(tokens, sets)
+    cos, sin = make_tables()
     tail: tuple[Any, ...] = (randn(D), randn(D), EPS) if form == "qk_norm" else ()
     operator = f"{form}_rope_reshape_and_cache".removeprefix("rope_")
-
-    def reset() -> None:
-        for cache in caches:
-            bits(cache).zero_()
 
     def tkv(i: int) -> Sequence[Tensor]:
         args = (*qkv[i], cos, sin, positions[i], *caches, slots[i], *tail)
@@ -81,7 +80,8 @@ def make_case(tokens: int, sets: int, form: str, layout: str, name: str) -> Case
     calls = {"tkv": tkv, "inductor": inductor}
     # Eager models round where the operator does not, and float8 has 3 bits of mantissa.
     outs = [query, *expected]
-    return Case(f"{form} {layout} {name}", tokens, size, reset, outs, calls, {}, tolerance=0.15)
+    label = f"{form} {layout} {name}"
+    return Case(label, tokens, size, lambda: zero(caches), outs, calls, {}, tolerance=0.15)
 
 
 def eager(
@@ -104,17 +104,10 @@ def eager(
     cos, sin = cos[positions][:, None], sin[positions][:, None]
     if q_weight is not None and k_weight is not None:
         query, key = rms_norm(query, q_weight, eps), rms_norm(key, k_weight, eps)
-    query = query * cos + rotate_half(query) * sin
-    key = key * cos + rotate_half(key) * sin
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     key_cache[blocks, offsets] = to_cache(key, dtype)
     value_cache[blocks, offsets] = to_cache(value, dtype)
     return query
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    """Return the halves of the last dimension swapped, the first then negated."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,11 +1,14 @@
-"""The benchmarks' pure parts; what they measure needs a GPU."""
+"""What the benchmarks compute, on the CPU where there is no GPU; what they measure needs one."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib
+import io
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,10 +44,97 @@ def test_without_a_gpu_a_benchmark_says_so_in_one_sentence(module: str) -> None:
         ("concat_and_cache_mla", (BF16, BF16), 2 * 65536 * 576 * 2),
         ("gather_cache", (BF16, BF16), 4 * 65536 * 8 * 128 * 2),
         ("gather_cache", (FP8, BF16), 3 * 65536 * 8 * 128 * 2),
+        ("reshape_and_cache_dynamic", (BF16, torch.int8), 2 * 65536 * 8 * (128 * 3 + 4)),
+        ("rotary_embedding", (BF16,), 2 * (32 + 8) * 65536 * 128 * 2),
+        ("merge_attention_states", (BF16,), 3 * 65536 * 32 * (128 * 2 + 4)),
+        ("copy_blocks", (BF16,), 4 * 65536 * 8 * 128 * 2),
+        ("copy_blocks", (BF16, 8), 8 * 4 * 65536 * 8 * 128 * 2),
     ],
 )
 def test_bytes_are_counted_once_read_and_once_written(module, dtypes, size) -> None:
     assert importlib.import_module(module).count_bytes(65536, *dtypes) == size
+
+
+def make_operator_cases(module: str, tokens: int, sets: int) -> list:
+    options = {
+        "layouts": ["NHD", "HND"],
+        "dtypes": ["int8", "fp8"] if module == "reshape_and_cache_dynamic" else ["bf16", "fp8"],
+        "forms": ["rope", "qk_norm"],
+        "slots": ["pages", "random"],
+        "kv_dims": [0, 1, -1],
+        "layers": [1, 3],
+    }
+    make_cases = importlib.import_module(module).make_cases
+    return list(make_cases(tokens, sets, argparse.Namespace(**options)))
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "concat_and_cache_mla",
+        "copy_blocks",
+        "gather_cache",
+        "merge_attention_states",
+        "reshape_and_cache",
+        "reshape_and_cache_dynamic",
+        "reshape_and_cache_head_major",
+        "reshape_and_cache_packed",
+        "rope_reshape_and_cache",
+        "rotary_embedding",
+    ],
+)
+def test_every_way_to_do_an_operation_gives_what_is_expected(
+    module: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("inputs"), "MIN_BLOCKS", 8)
+    check = importlib.import_module("harness").check
+    cases = make_operator_cases(module, tokens, sets=2)
+    assert len({case.label for case in cases}) == len(cases)
+
+    def other_set(call: Callable) -> Callable:
+        return lambda _: call(1)
+
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for case in cases:
+            for name, call in case.calls.items():
+                check(name, call, case)
+                with pytest.raises(SystemExit, match=f"is wrong for {case.label}, {tokens} tokens"):
+                    check(name, other_set(call), case)
+            for call in case.copies.values():
+                targets = call(1)
+                if not case.label.endswith(("fp8", "int8")):  # which are read as another dtype
+                    moved = 2 * sum(target.nbytes for target in targets)
+                    assert 0.98 * case.bytes < moved <= case.bytes
+
+
+def test_slots_are_each_used_once_and_random_ones_in_no_order() -> None:
+    inputs = importlib.import_module("inputs")
+    for make_slots in (inputs.make_slots, inputs.make_random_slots):
+        for tokens, sets in ((1, 20), (33, 2), (1000, 3), (65536, 2)):
+            num_blocks, slots = make_slots(tokens, sets)
+            assert [len(s) for s in slots] == [tokens] * sets
+            used = torch.cat(slots)
+            assert len(used.unique()) == tokens * sets
+            assert used.min() >= 0
+            assert used.max() < num_blocks * 16
+    follow = (slots[0].diff() == 1).float().mean()
+    assert follow < 0.01
+
+
+def test_a_progress_bar_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = importlib.import_module("harness")
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, shown in ((io.StringIO(), False), (Terminal(), True)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with harness.progress([1, 2], unit="size") as sizes:
+            for size in sizes:
+                sizes.set_postfix_str(f"{size} tokens")
+        assert bool(stream.getvalue()) == shown
 
 
 def make_rows() -> list:
