@@ -50,16 +50,24 @@ def test_bad_sizes_are_named(arguments: dict[str, Any], says: str) -> None:
 class Twins:
     """An eager step and one that is run in another way, on the same batches."""
 
-    def __init__(self, tokens: int, *, device: str = "cuda", **options: Any) -> None:
-        self.eager = Step(BLOCKS, **options).to(device)
+    def __init__(
+        self,
+        tokens: int,
+        *,
+        device: str = "cuda",
+        blocks: int = BLOCKS,
+        context: int = 900,
+        **options: Any,
+    ) -> None:
+        self.eager = Step(blocks, **options).to(device)
         self.step = copy.deepcopy(self.eager)
         # The last block takes the padding of eager writes, which have no slot to skip.
         self.batch = PagedBatch(
-            *(tokens, 8, MAX_BLOCKS, P), padding_slot=BLOCKS * P - 1, device=device
+            *(tokens, 8, MAX_BLOCKS, P), padding_slot=blocks * P - 1, device=device
         )
         self.x = torch.randn(tokens, DIM, device=device)
         self.traffic = Traffic(
-            self.batch, BLOCKS - 1, longest=1 if tokens == 8 else 30, context=900
+            self.batch, blocks - 1, longest=1 if tokens == 8 else 30, context=context
         )
 
     def compare(self, run: Callable[[Tensor, BatchIndices], Tensor], steps: int = STEPS) -> None:
@@ -79,7 +87,7 @@ class Twins:
 
 @torch.no_grad()
 def test_a_ladder_serves_each_step_at_the_size_that_fits() -> None:
-    twins = Twins(8, device="cpu")
+    twins = Twins(8, device="cpu", blocks=100, context=60)
     sizes: Counter[int] = Counter()
 
     def step(size: int) -> Tensor:
@@ -108,11 +116,16 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
     for method in ("capture_begin", "replay"):
         monkeypatch.setattr(torch.cuda.CUDAGraph, method, counted(method))
-    monkeypatch.setattr(config.triton, "cudagraph_or_error", True)
     torch._dynamo.reset()
     counters.clear()
-    with torch.no_grad():
+    with torch.no_grad(), config.patch({"triton.cudagraph_or_error": True}):
         yield counts
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "partitioned"])
+def _graph_partition(request: pytest.FixtureRequest) -> Iterator[None]:
+    with config.patch(graph_partition=request.param):
+        yield
 
 
 def check_manual_graph(
@@ -183,18 +196,13 @@ def kernels(function: Callable[..., object], *args: object) -> list[str]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("graph_partition", [False, True])
+@pytest.mark.usefixtures("_graph_partition")
 @pytest.mark.parametrize(
     ("backend", "eager_writes"), [("inductor", False), ("tkv", False), ("tkv", True)]
 )
 def test_reduce_overhead_replays_one_graph_a_step_and_copies_no_cache(
-    graphs: Counter[str],
-    monkeypatch: pytest.MonkeyPatch,
-    backend: str,
-    eager_writes: bool,
-    graph_partition: bool,
+    graphs: Counter[str], backend: str, eager_writes: bool
 ) -> None:
-    monkeypatch.setattr(config, "graph_partition", graph_partition)
     twins = Twins(48, eager_writes=eager_writes)
     step = torch.compile(twins.step, backend=backend, mode="reduce-overhead", fullgraph=True)
     twins.compare(step, steps=5)  # compiles and warms up, then records
@@ -221,11 +229,8 @@ def test_reduce_overhead_replays_one_graph_a_step_and_copies_no_cache(
 
 
 @pytest.mark.gpu
-def test_a_step_that_is_partitioned_at_attention_replays_the_pieces(
-    graphs: Counter[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(config, "graph_partition", True)
-    monkeypatch.setattr(config, "custom_should_partition_ops", ["tkv::paged_attention"])
+@config.patch(graph_partition=True, custom_should_partition_ops=["tkv::paged_attention"])
+def test_a_step_that_is_partitioned_at_attention_replays_the_pieces(graphs: Counter[str]) -> None:
     twins = Twins(48)
     step = torch.compile(twins.step, backend="tkv", mode="reduce-overhead", fullgraph=True)
     twins.compare(step, steps=5)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from operators import WRITES, make_arguments, mutated, with_own_caches
 from paged import make_batch, make_caches, storage
+from torch._inductor import config
 
 import torch_tkv
 
@@ -124,10 +125,8 @@ class Writer(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_a_compiled_step_is_one_cuda_graph_that_writes_in_place(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch._inductor.config.triton, "cudagraph_or_error", True)
+@config.patch({"triton.cudagraph_or_error": True})
+def test_a_compiled_step_is_one_cuda_graph_that_writes_in_place() -> None:
     eager = Writer()
     compiled = copy.deepcopy(eager)
     step = torch.compile(compiled, backend="tkv", mode="reduce-overhead", fullgraph=True)

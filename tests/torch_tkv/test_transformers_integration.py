@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 pytest.importorskip("transformers", reason="needs the extra [transformers]")
 
@@ -22,11 +23,17 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     StaticCache,
@@ -52,6 +59,17 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 GEMMA2 = {"sliding_window": 7, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 9}
+GPT_OSS = {"sliding_window": 7, "num_local_experts": 4, "num_experts_per_tok": 2}
+GPT2 = {name: SIZES[name] for name in ("vocab_size", "initializer_range", "eos_token_id")}
+QWEN2_MOE = {
+    "use_sliding_window": True,
+    "sliding_window": 7,
+    "max_window_layers": 1,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZES), "sdpa"),
     "small": (LlamaForCausalLM, LlamaConfig(**SIZES | {"num_hidden_layers": 1}), "sdpa"),
@@ -59,6 +77,15 @@ MODELS = {
     "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=7), "sdpa"),
     # A model of full and of sliding layers; the sdpa of Transformers knows no softcap.
     "gemma2": (Gemma2ForCausalLM, Gemma2Config(**SIZES, **GEMMA2), "eager"),
+    "gpt-oss": (GptOssForCausalLM, GptOssConfig(**SIZES, **GPT_OSS), "eager"),  # with sinks
+    # It tells the window to the mask, and not to the attention.
+    "qwen2-moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig(**SIZES, **QWEN2_MOE), "sdpa"),
+    # Its configuration names no number of KV heads.
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2Config(**GPT2, n_embd=64, n_layer=2, n_head=4, pad_token_id=0),
+        "sdpa",
+    ),
 }
 needs_gpu = pytest.mark.gpu
 
@@ -67,7 +94,11 @@ needs_gpu = pytest.mark.gpu
 def make_model(name: str, device: str = "cpu") -> PreTrainedModel:
     torch.manual_seed(0)
     model, config, _ = MODELS[name]
-    return model(config).eval().to(device)
+    made = model(config).eval()
+    for name, parameter in made.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
+    return made.to(device)
 
 
 def with_attention(name: str, implementation: str | None, device: str = "cpu") -> PreTrainedModel:
@@ -113,7 +144,7 @@ def expected_tokens(name: str, sample: bool) -> Tensor:
 
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("cache", ["dynamic", "static", "paged"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "small"])
 def test_padded_prompts_are_continued_as_with_the_model_s_own_attention(
     name: str, cache: str, sample: bool
 ) -> None:
@@ -121,7 +152,7 @@ def test_padded_prompts_are_continued_as_with_the_model_s_own_attention(
     assert torch.equal(generate(with_attention(name, "tkv"), cache, sample=sample), expected)
 
 
-@pytest.mark.parametrize("option", ["sliding_window", "softcap", "scaling"])
+@pytest.mark.parametrize("option", ["softcap", "scaling"])
 def test_what_the_configuration_says_of_attention_is_heeded(
     option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +183,7 @@ def test_a_prompt_may_come_in_chunks(name: str, cache: str) -> None:
     for implementation, kind in ((None, "dynamic"), ("tkv", cache)):
         model = with_attention(name, implementation)
         past = make_cache(kind, model)
-        for end in (7, PROMPT, PROMPT + 1):
+        for end in (4, 7, PROMPT, PROMPT + 1):  # the first sequence begins in the second chunk
             tokens = prompts["input_ids"].repeat(1, 2)[:, past.get_seq_length() : end]
             mask = torch.cat((prompts["attention_mask"], torch.ones(BATCH, 1).long()), 1)[:, :end]
             logits[kind, end] = step(model, past, tokens, mask)[mask[:, -tokens.shape[1] :] == 1]
@@ -180,6 +211,12 @@ def test_blocks_are_as_large_as_the_length_allows_where_nothing_is_padded() -> N
         assert lens[:3].flatten().tolist() == [6, 6, 6]
         rows = torch.arange(3)[:, None] * (2 * length // block_size)
         assert torch.equal(table[:3].long(), rows + torch.arange(length // block_size))
+
+
+def test_a_sequence_that_begins_in_a_later_chunk_has_no_keys() -> None:
+    mask = torch.tensor([[0, 0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 1, 1, 1]])
+    packed = index_mask(2, 4, 16, **PLAIN, attention_mask=mask)
+    assert packed[0, 0, :2, 1].tolist() == [0, 3]
 
 
 def test_what_the_cache_holds_of_padding_and_beyond_the_length_is_never_read() -> None:
@@ -299,7 +336,9 @@ def test_a_compiled_step_is_one_graph_and_generates_the_same(cache: str) -> None
     assert torch.equal(torch.cat(generated, 1), expected)
 
 
-CONTINUOUS = {"num_blocks": 40, "page_size": 8, "max_batch_tokens": 24}
+# How Transformers 5.17 and later ones call the tokens of a page.
+PAGE_SIZE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
+CONTINUOUS = {"num_blocks": 40, PAGE_SIZE: 8, "max_batch_tokens": 24}
 REQUESTS = (3, 19, 1, 30, 9)  # tokens of each prompt: one takes two steps, some share a step
 
 
@@ -337,22 +376,13 @@ def known_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("known_memory")
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt-oss", "qwen2-moe"])
 def test_continuous_batching_generates_what_single_requests_do(name: str) -> None:
     # Not compared with the model's own, since "paged|eager" leaves out the softcap of Gemma 2.
     expected = one_by_one(with_attention(name, None))
     model = with_attention(name, "tkv")
     assert continuous(model, use_cuda_graph=False) == expected
     assert model.config._attn_implementation == "tkv"
-
-
-def test_continuous_batching_of_an_older_version_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(integration.transformers, "__version__", "5.18.1")
-    model = with_attention("llama", "tkv")
-    with pytest.raises(ImportError, match=r"needs Transformers 5\.19 or newer, got 5\.18\.1"):
-        ContinuousBatchingManager.switch_to_cb_friendly_attn(None, model)
 
 
 def test_registering_twice_changes_nothing() -> None:
@@ -374,6 +404,10 @@ PLAIN = {"config": SimpleNamespace(num_key_value_heads=2, sliding_window=4)}
         (
             {"attention_mask": RIGHT, "allow_is_bidirectional_skip": True},
             "attention_mask must be None for bidirectional attention",
+        ),
+        (
+            {"local_size": 4, "allow_is_bidirectional_skip": True},
+            "the mask must be causal where it is a window, got one of both sides",
         ),
         (
             {"attention_mask": RIGHT, "allow_is_causal_skip": False},
@@ -446,20 +480,17 @@ def test_the_examples_of_the_documentation_run() -> None:
     # Not the static cache of a window: a ring of keys, which Transformers shifts by a copy.
     [(name, "paged") for name in ("llama", "qwen3", "mistral", "gemma2")] + [("qwen3", "static")],
 )
-def test_generate_compiles_and_captures_a_step_on_a_gpu(
-    name: str, cache: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@inductor_config.patch({"triton.cudagraph_or_error": True})
+def test_generate_compiles_and_captures_a_step_on_a_gpu(name: str, cache: str) -> None:
     torch.compiler.reset()
-    monkeypatch.setattr(torch._inductor.config.triton, "cudagraph_or_error", True)
     expected = generate(with_attention(name, None, "cuda"), "dynamic")
     model = with_attention(name, "tkv", "cuda")
-    config = CompileConfig(backend="tkv", fullgraph=True, mode="reduce-overhead")
     tokens = model.generate(
         **make_prompts("cuda"),
         past_key_values=make_cache(cache, model),
         max_new_tokens=NEW,
         do_sample=False,
-        compile_config=config,
+        compile_config=CompileConfig(backend="tkv", fullgraph=True, mode="reduce-overhead"),
     )[:, PROMPT:]
     assert torch.equal(tokens, expected)
 

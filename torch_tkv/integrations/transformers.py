@@ -11,29 +11,26 @@ a contiguous cache, D head size, N blocks of P slots.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.generation.continuous_batching import ContinuousBatchingManager
 
+from torch_tkv.integrations.transformers_batching import (
+    attend_batch,
+    keep_in_continuous_batching,
+)
 from torch_tkv.integrations.transformers_cache import (
     NAME,
     PagedKeys,
     TkvCache,
     write_and_attend,
 )
-from torch_tkv.ops import paged_attention, reshape_and_cache
+from torch_tkv.ops import paged_attention
 
 __all__ = ["TkvCache", "attention", "index_mask", "register"]
-
-# The first version whose continuous batching leaves the cache to the attention.
-_CONTINUOUS_BATCHING = (5, 19)
 
 
 class Options(TypedDict):
@@ -52,31 +49,14 @@ class Indices(NamedTuple):
     block_table: Tensor  # [B, max_blocks]
     seq_lens: Tensor  # [B]
     query_start_loc: Tensor  # [B + 1]
+    windowed: bool  # whether the mask is of the window of the model's configuration
 
 
 def register() -> None:
     """Make "tkv" known to Transformers; importing this module does it."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, index_mask)
-    _register_continuous_batching()
-
-
-def _register_continuous_batching() -> None:
-    """Let continuous batching, which knows the implementations by name, keep "tkv"."""
-    switch = ContinuousBatchingManager.switch_to_cb_friendly_attn
-    if hasattr(switch, "__wrapped__"):
-        return
-
-    @functools.wraps(switch)
-    def keep(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-        if model.config._attn_implementation != NAME:
-            switch(self, model, *args, **kwargs)
-        elif tuple(map(int, transformers.__version__.split(".")[:2])) < _CONTINUOUS_BATCHING:
-            needed = ".".join(map(str, _CONTINUOUS_BATCHING))
-            text = f"needs Transformers {needed} or newer, got {transformers.__version__}"
-            raise ImportError(f'continuous batching with attn_implementation="{NAME}" {text}')
-
-    setattr(ContinuousBatchingManager, switch.__name__, keep)
+    keep_in_continuous_batching()
 
 
 def _require(ok: bool, argument: str, requirement: str, got: object) -> None:
@@ -92,8 +72,9 @@ def _error(argument: str, requirement: str, got: object) -> str:
 # A causal mask with left padding says no more than which keys are a sequence's: those from its
 # first token to its newest. So the "mask" is an int32 matrix with a row for each sequence and one
 # more: where its queries begin, how many keys it has, and its row of the block table. It comes as
-# [1, 1, B + 1, 2 + W] because Transformers hands on what has four dimensions as it is. All of it is
-# computed once a forward, on the device: no value is read on the host.
+# [1, 1, B + 1, 2 + W] because Transformers hands on what has four dimensions as it is; and as
+# [1, B + 1, 1, 2 + W] where the mask is that of a window, which some models tell to the mask alone.
+# All of it is computed once a forward, on the device: no value is read on the host.
 
 # Note [Contiguous caches as blocks]
 # A contiguous [B, Hkv, S, D] is a paged cache by strides alone: block i is its i-th run of P rows
@@ -132,6 +113,7 @@ def index_mask(
     if "allow_is_bidirectional_skip" in kwargs:
         requirement = "None for bidirectional attention"
         _require(attention_mask is None, "attention_mask", requirement, "a tensor")
+        _require(local_size is None, "the mask", "causal where it is a window", "one of both sides")
         return None
     window = getattr(config, "sliding_window", None)
     requirement = "causal or a causal window"
@@ -151,9 +133,9 @@ def index_mask(
     per_row = kv_length // block_size
     begin = row * (_kv_heads(config) * per_row) + first
     blocks = begin[:, None] + torch.arange(per_row, dtype=torch.int32, device=device)
-    num_keys = (q_offset - kv_offset + q_length - first).int()
+    num_keys = (q_offset - kv_offset + q_length - first).clamp(min=0).int()
     indices = torch.cat(((row * q_length)[:, None], num_keys[:, None], blocks), 1)
-    return indices[None, None]
+    return indices[None, None] if local_size is None else indices[None, :, None]
 
 
 def _kv_heads(config: PreTrainedConfig | None) -> int:
@@ -161,24 +143,28 @@ def _kv_heads(config: PreTrainedConfig | None) -> int:
 
 
 def _check_left_padded(attention_mask: Tensor, length: int | Tensor) -> None:
-    """Raise where a mask [B, >= length] has zeros after ones, if it may be read now."""
+    """Raise where a mask [B, >= length] has zeros after ones, if it may be read now.
+
+    A row may be zeros only: the first chunk of a prompt that begins later.
+    """
     if torch.compiler.is_compiling():
         return
     if attention_mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     used = attention_mask[:, : int(length)].int()
-    ok = bool((used.argmax(-1) + used.sum(-1) == used.shape[1]).all())
+    ones = used.sum(-1)
+    ok = bool(((used.argmax(-1) + ones == used.shape[1]) | (ones == 0)).all())
     _require(ok, "attention_mask", "zeros, then ones: padding on the left", "zeros after ones")
 
 
 def _indices(mask: Tensor | None) -> Indices:
     """Return what `index_mask` packed."""
-    if mask is None or mask.dtype != torch.int32 or mask.shape[:-2] != (1, 1):
+    if mask is None or mask.dtype != torch.int32 or mask.shape[0] != 1 or 1 not in mask.shape[1:3]:
         got = "None" if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
         requirement = "2-D [B, length], or None where no sequences are packed into a row"
         raise ValueError(_error("attention_mask", requirement, got))
-    rows = mask[0, 0]
-    return Indices(rows[:-1, 2:], rows[:-1, 1], rows[:, 0])
+    rows = mask[0].flatten(0, 1)
+    return Indices(rows[:-1, 2:], rows[:-1, 1], rows[:, 0], mask.shape[1] > 1)
 
 
 def attention(
@@ -207,7 +193,8 @@ def attention(
         attention_mask: what `index_mask` returned.
         dropout: 0; there is no backward pass.
         scaling: factor of the scores; None means D ** -0.5.
-        sliding_window: how many keys a query sees, its own position counted.
+        sliding_window: how many keys a query sees, its own position counted; None means the window
+            of the mask, if it has one.
         softcap: a score `s` becomes `softcap * tanh(s / softcap)`.
         s_aux: [Hq], attention sinks.
         is_causal: whether queries see no later keys; None means what `module` says.
@@ -229,19 +216,22 @@ def attention(
     )
     rows = query.transpose(1, 2).flatten(0, 1)  # [B * n, Hq, D]
     if cache is not None:
-        out = _attend_batch_uncompiled(module, rows, key, value, cache, options, **kwargs)
-    elif isinstance(key, PagedKeys):
-        indices = _indices(attention_mask)
+        out = attend_batch(module.layer_idx, rows, key, value, cache, kwargs, **options)
+        return out.unflatten(0, (query.shape[0], -1)), None
+    if attention_mask is None and not causal and isinstance(key, Tensor):
+        batch, new, length = query.shape[0], query.shape[2], key.shape[2]
+        attention_mask = index_mask(
+            *(batch, new, length, length - new), config=module.config, device=query.device
+        )
+    indices = _indices(attention_mask)
+    if indices.windowed and sliding_window is None:
+        options["window"] = module.config.sliding_window
+    if isinstance(key, PagedKeys):
         out = write_and_attend(
             rows, key, value, indices.seq_lens, indices.query_start_loc, **options
         )
     else:
-        if attention_mask is None and not causal:
-            batch, new, length = query.shape[0], query.shape[2], key.shape[2]
-            attention_mask = index_mask(
-                *(batch, new, length, length - new), config=module.config, device=query.device
-            )
-        out = _attend_contiguous(module, rows, key, value, _indices(attention_mask), options)
+        out = _attend_contiguous(module, rows, key, value, indices, options)
     return out.unflatten(0, (query.shape[0], -1)), None
 
 
@@ -281,51 +271,5 @@ def _as_blocks(states: Tensor, block_size: int) -> Tensor:
     strides = (block_size * size, size, length * size, 1)
     return states.contiguous().as_strided((blocks, block_size, heads, size), strides)
 
-
-# Note [Continuous batching]
-# Transformers names the tokens of its paged cache one by one: read_index lists those of all
-# sequences in a row, sequence b's up to cu_seq_lens_k[b + 1]. Full attention keeps them in pages,
-# so every P-th of a sequence names a page, and these are its block table. A batch of prompts alone
-# reads nothing older and has no read_index: there write_index lists the same. Layers with a window
-# keep a ring, which their allocator unrolls into keys in a row: blocks of one token.
-
-
-def _attend_batch(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: Any,
-    options: Options,
-    *,
-    cu_seq_lens_q: Tensor,
-    cu_seq_lens_k: dict[str, Tensor],
-    max_length_k: dict[str, int],
-    read_index: list[Tensor],
-    write_index: list[Tensor],
-    **kwargs: Any,
-) -> Tensor:
-    """Attend for a step of continuous batching; see Note [Continuous batching]."""
-    allocator = cache.layer_to_allocator[module.layer_idx]
-    ends, longest = cu_seq_lens_k[allocator.layer_type], max_length_k[allocator.layer_type]
-    read, write = read_index[allocator.index], write_index[allocator.index]
-    new_keys, new_values = (states[0].transpose(0, 1) for states in (key, value))
-    if allocator.supports_block_table:
-        keys, values = allocator.get_cache_for_block_table(module.layer_idx)
-        reshape_and_cache(new_keys, new_values, keys, values, write)
-        tokens = read if read.numel() else write
-    else:
-        rows = allocator.update(new_keys, new_values, module.layer_idx, read, write)
-        keys, values = (states.unsqueeze(1) for states in rows)
-        tokens = torch.arange(len(keys), device=query.device)
-    block_size = keys.shape[1]
-    first = torch.arange(0, longest, block_size, device=query.device)  # of each block's tokens
-    entries = (ends[:-1, None] + first).clamp(max=len(tokens) - 1)
-    table = tokens[entries] // block_size
-    return paged_attention(query, keys, values, table, ends.diff(), cu_seq_lens_q, **options)
-
-
-# Keys and values of all layers are views of one tensor, which compiled code would copy.
-_attend_batch_uncompiled: Callable[..., Tensor] = torch.compiler.disable(_attend_batch)
 
 register()

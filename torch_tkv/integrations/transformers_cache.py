@@ -77,7 +77,7 @@ class TkvCache(Cache):
         head_size = getattr(text, "head_dim", None)
         self.paged = PagedKVCache(
             text.num_hidden_layers,
-            text.num_key_value_heads,
+            getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
             head_size or text.hidden_size // text.num_attention_heads,
             block_size=block_size,
             num_blocks=batch_size * -(max_cache_len // -block_size),
