@@ -239,7 +239,10 @@ class CacheVersions:
         new = node.args[1]
         if self.view(new) == self.views[node]:
             return
-        origin = getattr(new, "target", new)
+        origin: Any = new
+        while getattr(origin, "target", None) in WRITES and not self.shown(origin.args[0]):
+            origin = origin.args[0]
+        origin = getattr(origin, "target", origin)
         why = f"its new contents come from {origin}: write into the cache, do not compute it anew"
         self.unclear.setdefault(base, why)
         while isinstance(new, Node) and new not in self.views and new.args:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from torch_tkv.ops.checks import FLOAT_DTYPES
 from torch_tkv.passes.elements import Elements, cone
 from torch_tkv.passes.indices import (
     Index,
@@ -15,6 +16,7 @@ from torch_tkv.passes.indices import (
     Leaf,
     UnreadError,
     is_exact_cast,
+    progression,
 )
 from torch_tkv.passes.rotation import PEELED, peeled
 from torch_tkv.passes.views import arguments, value
@@ -27,11 +29,13 @@ class HeadNorm:
     """`source / sqrt(mean(source ** 2) + eps) * weight`, over the lanes of the source.
 
     Attributes:
+        columns: which lanes of the weight are those of a head.
         weight_plus_one: times 1 + weight.
     """
 
     source: Leaf
     weight: Leaf
+    columns: slice
     eps: float
     weight_plus_one: bool
 
@@ -39,7 +43,7 @@ class HeadNorm:
 def head_norm(leaf: Leaf, dtype: torch.dtype, first: dict[Node, Node]) -> HeadNorm | None:
     """Return the norm of a source of `dtype` that the leaf is, if it is one."""
     for node in cone(leaf.node):
-        if node.target is aten.rsqrt.default and (found := _norm_by(node, leaf, dtype, first)):
+        if _under_root(node) is not None and (found := _norm_by(node, leaf, dtype, first)):
             return found
     return None
 
@@ -47,7 +51,7 @@ def head_norm(leaf: Leaf, dtype: torch.dtype, first: dict[Node, Node]) -> HeadNo
 def eps_is_an_input(leaf: Leaf) -> bool:
     """Whether a leaf is a norm whose eps is no constant: dynamic=True makes floats inputs."""
     for node in cone(leaf.node):
-        shifted: Any = node.args[0] if node.target is aten.rsqrt.default else None
+        shifted = _under_root(node)
         if getattr(shifted, "target", None) is aten.add.Tensor:
             mean, eps = shifted.args
             return mean.target is aten.mean.dim and isinstance(eps, Node)
@@ -58,7 +62,7 @@ def _norm_by(
     rsqrt: Node, leaf: Leaf, dtype: torch.dtype, first: dict[Node, Node]
 ) -> HeadNorm | None:
     """Read the norm whose denominator `rsqrt` inverts."""
-    mean, eps = _sum_with_number(rsqrt.args[0])
+    mean, eps = _sum_with_number(_under_root(rsqrt))
     if eps is None or mean.target is not aten.mean.dim:
         return None
     squares = mean.args[0]
@@ -77,16 +81,23 @@ def _norm_by(
     except UnreadError:
         return None
     w = 3 - number[x] - number[rsqrt]
+    lanes: list[int] = []
     for lane in range(size):
         read = (number[x], lane)
-        reads = sorted((read, (number[rsqrt], 0), (w, lane)))
+        lanes += [at for reads in normed[lane] for leaf_number, at in reads if leaf_number == w]
+        if len(lanes) != lane + 1:
+            return None
+        reads = sorted((read, (number[rsqrt], 0), (w, lanes[lane])))
         if normed[lane] != {tuple(reads): 1.0} or squared[lane] != {(read, read): 1.0}:
             return None
     source = peeled(elements.leaves[number[x]], dtype)
     weight, plus_one = _weight(elements.leaves[w])
-    if source is None or weight.axes():
+    columns = progression(lanes)
+    if source is None or weight.axes() or columns is None:
         return None
-    return HeadNorm(source, weight, eps, plus_one)
+    if value(weight.node).dtype not in FLOAT_DTYPES:
+        return None
+    return HeadNorm(source, weight, columns, eps, plus_one)
 
 
 def _before_mean(mean: Node, scale: Leaf, size: int) -> Index:
@@ -111,6 +122,15 @@ def _weight(leaf: Leaf) -> tuple[Leaf, bool]:
     while is_exact_cast(weight):
         weight = weight.args[0]
     return Leaf(weight, leaf.layout), True
+
+
+def _under_root(node: Node) -> Any:
+    """Return x where a node is 1 / sqrt(x), else None."""
+    if node.target is aten.rsqrt.default or (
+        node.target is aten.pow.Tensor_Scalar and node.args[1] == -0.5
+    ):
+        return node.args[0]
+    return None
 
 
 def _sum_with_number(node: Any) -> tuple[Any, float | None]:

@@ -284,3 +284,11 @@ def numbers(digits: Sequence[Digit], lanes: int) -> tuple[int, ...] | None:
     for digit in found:
         at = tuple(high * digit.size + low for high, low in zip(at, digit.at, strict=True))
     return at
+
+
+def progression(lanes: Sequence[int]) -> slice | None:
+    """Return the slice that takes these lanes, in this order, if there is one."""
+    step = lanes[1] - lanes[0] if len(lanes) > 1 else 1
+    if step < 1 or list(lanes) != list(range(lanes[0], lanes[-1] + 1, step)):
+        return None
+    return slice(lanes[0], lanes[-1] + 1, step)

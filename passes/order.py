@@ -24,7 +24,7 @@ class Order:
         last: list[Node] = []
         since: list[Node] = []
         for node in graph.nodes:
-            self._before[node] = [*last]
+            self._before[node] = [*node.all_input_nodes, *last]
             since.append(node)
             if node not in placing and mutated_arguments(node):
                 self._before[node] += since[:-1]
@@ -38,7 +38,7 @@ class Order:
             item = todo.pop()
             if item in goals:
                 return False
-            new = [x for x in self._predecessors(item) if x not in seen]
+            new = [x for x in self._before.get(item, ()) if x not in seen]
             seen.update(new)
             todo += new
         return True
@@ -52,11 +52,11 @@ class Order:
     def sort(self) -> None:
         """Reorder the graph: a node moves up where something above it has to follow it."""
         done: dict[Any, None] = {}
-        edges = sum(len(self._predecessors(node)) for node in self._graph.nodes)
+        edges = sum(map(len, self._before.values()))
         for node in self._graph.nodes:
             todo = [node]
             while todo:
-                missing = [x for x in self._predecessors(todo[-1]) if x not in done]
+                missing = [x for x in self._before[todo[-1]] if x not in done]
                 if not missing:
                     done[todo.pop()] = None
                 todo += reversed(missing)
@@ -65,7 +65,3 @@ class Order:
         for node, following in itertools.pairwise(nodes):
             if node.next is not following:
                 node.append(following)
-
-    def _predecessors(self, item: Any) -> list[Any]:
-        inputs = item.all_input_nodes if isinstance(item, Node) else []
-        return [*inputs, *self._before.get(item, [])]

@@ -16,6 +16,7 @@ from torch_tkv.passes.inductor import CustomGraphPass, cache_key, run_pass, trac
 from torch_tkv.passes.quantised_attention import fuse_output_scale
 from torch_tkv.passes.report import Layer, outcome, record
 from torch_tkv.passes.rope_cache_write import fuse_rope
+from torch_tkv.passes.shared_indices import share_indices
 
 # TORCH_LOGS="torch_tkv.passes" shows a line for each layer, "+torch_tkv.passes" the graph as well.
 log = logging.getLogger("torch_tkv.passes")
@@ -44,6 +45,7 @@ class Pipeline(CustomGraphPass):
             fuse_cache_writes,
             *((fuse_rope,) if rope else ()),
             fuse_output_scale,
+            share_indices,
         )
         self.matched = 0
 

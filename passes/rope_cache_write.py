@@ -10,21 +10,21 @@ where it ends a kernel.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from torch_tkv.ops.checks import FLOAT_DTYPES
 from torch_tkv.passes.arrange import ArrangeError, Arranger
 from torch_tkv.passes.cache_versions import CacheVersions
 from torch_tkv.passes.elements import cone, first_of_equals
 from torch_tkv.passes.findings import Findings
 from torch_tkv.passes.head_norm import HeadNorm, eps_is_an_input, head_norm
-from torch_tkv.passes.indices import Leaf
+from torch_tkv.passes.indices import Leaf, progression
 from torch_tkv.passes.order import Order
-from torch_tkv.passes.rotated_heads import Head, RotatedHeads, size_of
+from torch_tkv.passes.rotated_heads import Head, RotatedHeads, size_of, whole_heads
 from torch_tkv.passes.rotation import Rotation, peeled
 from torch_tkv.passes.views import View, arguments, call, same, value
 
@@ -32,12 +32,15 @@ aten, tkv = torch.ops.aten, torch.ops.tkv
 
 ROPE = "RoPE + cache write"
 NORM_AND_ROPE = "QK norm + RoPE + cache write"
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 EPS = "QK norm apart: dynamic=True makes its eps an input: leave dynamic at None, or mark_dynamic"
 ROTATED_TWICE = "the key is rotated again for its other readers"
+NORM_ALONE = "norm apart: operators norm only what they rotate too, and the key is not rotated"
 UNREAD = "RoPE apart: the key is computed in another way than rotary embeddings are"
-NO_QUERY = "RoPE apart: no query is rotated by the same cos and sin"
+CHANGED = "RoPE apart: the key is changed after its rotation: do it before, if that means the same"
+PART = "RoPE apart: the rotated part and the rest of a head are not the two ends of one tensor"
+BY_HEAD = "RoPE apart: cos and sin differ by head"
+NO_QUERY = "RoPE apart: no query of the same dtype is rotated by the same cos and sin"
 NEEDED = "RoPE apart: the rotated query is read before the cache can be written"
 SHAPES = "RoPE apart: no views bring query, key, cos and sin into [tokens, ...]"
 
@@ -158,22 +161,39 @@ class Plan:
         """Return what to fuse with a write, or why nothing; None where nothing looks like RoPE."""
         args = arguments(write)
         if not self._keys[write]:
-            products = (aten.mul.Tensor, aten.addcmul.default)
-            return UNREAD if any(x.target in products for x in cone(args["key"])) else None
+            return self._not_rotated(args["key"])
         caches = (args["key_cache"], args["value_cache"])
         if None in map(self._caches.view, caches):
             return "RoPE apart: the cache is no input of the graph"
         dtypes = [value(args[name]).dtype for name in ("key", "value")]
-        if dtypes[0] not in FLOATS or dtypes[0] != dtypes[1]:
+        if dtypes[0] not in FLOAT_DTYPES or dtypes[0] != dtypes[1]:
             return f"RoPE apart: keys are {dtypes[0]} and values {dtypes[1]}"
         reason = NO_QUERY
         for key in self._keys[write]:
+            if any(key.groups(angles.leaf)[1] for angles in (key.rotation.cos, key.rotation.sin)):
+                return BY_HEAD
             for query in self._queries(key, write):
                 found = self._operands(write, query, key)
                 if isinstance(found, Fusion) and self._allows(found):
                     return found
                 reason = found if isinstance(found, str) else NEEDED
         return reason
+
+    def _not_rotated(self, key: Node) -> str | None:
+        """Return why a key is not seen as rotated; None where nothing looks like RoPE."""
+        nodes = cone(key)
+        if not any(x.target in (aten.mul.Tensor, aten.addcmul.default) for x in nodes):
+            return None
+        written = value(key)
+        rotated = value(self._heads.rotated_inside(key))
+        if rotated is None:
+            normed = head_norm(whole_heads(key), written.dtype, self._first)
+            return NORM_ALONE if normed else UNREAD
+        if rotated.dtype != written.dtype:
+            return (
+                f"RoPE apart: the key is rotated in {rotated.dtype} and written in {written.dtype}"
+            )
+        return CHANGED if same(rotated.shape[-1], written.shape[-1]) else PART
 
     def _queries(self, key: Head, write: Node) -> list[Head]:
         """Return the queries that can be meant, the nearest first."""
@@ -190,7 +210,7 @@ class Plan:
     def _operands(self, write: Node, query: Head, key: Head) -> Fusion | str:
         heads, dtype, rotation = (query, key), key.dtype, key.rotation
         cos, sin = value(rotation.cos.leaf.node).dtype, value(rotation.sin.leaf.node).dtype
-        if cos != sin or cos not in (*FLOATS, torch.complex64):
+        if cos != sin or cos not in (*FLOAT_DTYPES, torch.complex64):
             return f"RoPE apart: cos is {cos} and sin {sin}"
         columns = _columns(rotation)
         if columns is None:
@@ -228,15 +248,8 @@ def _columns(rotation: Rotation) -> tuple[slice, slice] | None:
         if all(lanes[first] == lanes[second] for first, second in rotation.pairs()):
             halves.append(tuple(lanes[first] for first in firsts))
     chosen = halves if len(halves) == 2 else wholes
-    slices = [_progression(lanes) for lanes in chosen]
+    slices = [progression(lanes) for lanes in chosen]
     return None if None in slices else (slices[0], slices[1])  # type: ignore[return-value]
-
-
-def _progression(lanes: Sequence[int]) -> slice | None:
-    step = lanes[1] - lanes[0] if len(lanes) > 1 else 1
-    if step < 1 or list(lanes) != list(range(lanes[0], lanes[-1] + 1, step)):
-        return None
-    return slice(lanes[0], lanes[-1] + 1, step)
 
 
 def emit(graph: Graph, fusion: Fusion, shared: dict[Hashable, tuple[Node, Node]]) -> Node:
@@ -250,7 +263,7 @@ def emit(graph: Graph, fusion: Fusion, shared: dict[Hashable, tuple[Node, Node]]
     with graph.inserting_before(write):
         rows = [_rows(graph, *x) for x in zip((query, key), fusion.sources, strict=True)]
         angles = _angles(graph, fusion, shared)
-        weights = [Arranger(graph, ())(norm.weight, ()) for norm in fusion.norms]
+        weights = [_weight(graph, norm) for norm in fusion.norms]
         size = key.rotation.source.width()
         rotary_dim = key.rotation.rotary_dim
         options = {
@@ -279,10 +292,19 @@ def emit(graph: Graph, fusion: Fusion, shared: dict[Hashable, tuple[Node, Node]]
 
 def _rows(graph: Graph, head: Head, source: Leaf) -> Node:
     """Insert [T, H, D] of a query or key, with a last stride of 1."""
-    rows = Arranger(graph, [source])(source, head.groups(source))
-    if not same(value(rows).stride(-1), 1):
-        rows = call(graph, aten.clone.default, rows, memory_format=torch.contiguous_format)
-    return rows
+    return _dense(graph, Arranger(graph, [source])(source, head.groups(source)))
+
+
+def _weight(graph: Graph, norm: HeadNorm) -> Node:
+    """Insert [D] of a norm, with a last stride of 1."""
+    return _dense(graph, _columns_of(graph, Arranger(graph, ())(norm.weight, ()), norm.columns))
+
+
+def _dense(graph: Graph, node: Node) -> Node:
+    """Insert a copy of a tensor of which the last stride is not 1."""
+    if same(value(node).stride(-1), 1):
+        return node
+    return call(graph, aten.clone.default, node, memory_format=torch.contiguous_format)
 
 
 def _angles(
@@ -294,14 +316,20 @@ def _angles(
     known = (rotation.cos, rotation.sin, rotation.inverse, str([(x.name, x.size) for x in rows]))
     if known not in shared:
         arranger = Arranger(graph, [fusion.sources[1], rotation.source])
-        operands: list[Any] = []
-        for angles, columns in zip((rotation.cos, rotation.sin), fusion.columns, strict=True):
-            node = arranger(angles.leaf, [rows])
-            if columns != slice(0, value(node).shape[1], 1):
-                bounds = (columns.start, columns.stop, columns.step)
-                node = call(graph, aten.slice.Tensor, node, 1, *bounds)
-            operands.append(node)
+        operands = [
+            _columns_of(graph, arranger(angles.leaf, [rows]), columns)
+            for angles, columns in zip((rotation.cos, rotation.sin), fusion.columns, strict=True)
+        ]
         if rotation.inverse:
             operands[1] = call(graph, aten.neg.default, operands[1])
         shared[known] = (operands[0], operands[1])
     return shared[known]
+
+
+def _columns_of(graph: Graph, node: Node, columns: slice) -> Node:
+    """Insert columns of a tensor, unless these are all."""
+    *rest, size = value(node).shape
+    if columns == slice(0, size, 1):
+        return node
+    bounds = (columns.start, columns.stop, columns.step)
+    return call(graph, aten.slice.Tensor, node, len(rest), *bounds)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from torch_tkv.passes.elements import is_followed
+from torch_tkv.passes.elements import cone, is_followed
 from torch_tkv.passes.indices import (
     SAME_INDEX,
     VIEWS,
@@ -17,11 +17,15 @@ from torch_tkv.passes.indices import (
     Index,
     Lanes,
     Leaf,
+    layout_of,
 )
 from torch_tkv.passes.rotation import Rotation, rotations
-from torch_tkv.passes.views import same, value
+from torch_tkv.passes.views import RESHAPES, same, value
 
 aten = torch.ops.aten
+
+# What the computation of a rotary embedding ends in.
+LAST = (aten.add.Tensor, aten.sub.Tensor, aten.addcmul.default, aten.cat.default, *RESHAPES)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class RotatedHeads:
         self._found: dict[Any, list[tuple[Node, Rotation]]] = {}
 
     def keys(self, node: Node) -> list[Head]:
-        """Return every way to read [T, Hkv, D] as rotated by angles that heads share."""
+        """Return every way to read [T, Hkv, D] as rotated."""
         tokens, heads, size = value(node).shape
         if not isinstance(size, int):
             return []
@@ -79,12 +83,19 @@ class RotatedHeads:
         rotated = node
         while rotated.target in (*VIEWS, *SAME_INDEX):
             rotated = rotated.args[0]  # type: ignore[assignment]
-        found = [
+        return [
             Head(rotated, value(node).dtype, rotation, (tokens,), (heads,))
             for rotation in rotations(node, _index((tokens, heads), size), size, self._first)
         ]
-        angles = [(head, head.rotation.cos.leaf, head.rotation.sin.leaf) for head in found]
-        return [head for head, *leaves in angles if not any(head.groups(x)[1] for x in leaves)]
+
+    def rotated_inside(self, key: Node) -> Node | None:
+        """Return what is rotated and a key is computed from, the nearest, if anything is."""
+        for node in cone(key):
+            if node.target in LAST and value(node).dim() and isinstance(value(node).shape[-1], int):
+                size = value(node).shape[-1]
+                for _ in rotations(node, _index(_axes(node), size), size, self._first):
+                    return node
+        return None
 
     def queries(self, key: Head) -> list[Head]:
         """Return all that is rotated by the angles of a key, and has as many tokens."""
@@ -153,6 +164,11 @@ def _query(node: Node, rotation: Rotation, key: Head) -> Head | None:
     if not same(size_of(tokens), size_of(key.tokens)) or not isinstance(size_of(heads), int):
         return None
     return Head(node, key.dtype, rotation, tuple(tokens), heads)
+
+
+def whole_heads(node: Node) -> Leaf:
+    """Return a tensor [..., D] as a leaf with D lanes."""
+    return Leaf(node, layout_of(_index(_axes(node), value(node).shape[-1])))
 
 
 def size_of(axes: Sequence[Axis]) -> Any:

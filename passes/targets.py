@@ -168,7 +168,7 @@ def _scatter(write: Write, first: Callable[[Node], Node]) -> Target:
 def _copy(write: Write, first: Callable[[Node], Node]) -> Target:
     view, node = write.view, arguments(write.node)["src"]
     if not any(step.kind in ("select", "slice") for step in view.steps):
-        raise NotSlotsError("the whole tensor is written: no slots of it")
+        raise NotSlotsError("the whole tensor is written: write the slots of new tokens only")
     ranks = [len(value(view.base).shape), *(len(step.shape) for step in view.steps)]
     rank = len(view.shape)
     if max(ranks) < 3 or not 2 <= rank <= 4:

@@ -18,7 +18,16 @@ from torch_tkv.passes.report import report
 transformers = pytest.importorskip("transformers", reason="needs the extra [transformers]")
 
 PROMPT, STEPS, CACHE_LENGTH, HEADS, HEAD_SIZE = 5, 16, 24, 2, 16
-ROPE, NORMED = "RoPE + cache write", "QK norm + RoPE + cache write"
+WRITE, ROPE, NORMED = "cache write", "RoPE + cache write", "QK norm + RoPE + cache write"
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT = {"kv_lora_rank": 16, "num_key_value_heads": 4, "head_dim": 8, "qk_rope_head_dim": 8}
+GEMMA3N = {
+    "activation_sparsity_pattern": [0.0, 0.0],
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "sliding_window": 32,
+    "vocab_size_per_layer_input": 97,
+}
 # What a configuration says beyond sizes, and what becomes one operator.
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "llama": ({}, ROPE),
@@ -28,23 +37,34 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "gemma2": ({"sliding_window": 32, "query_pre_attn_scalar": HEAD_SIZE}, ROPE),
     "gemma3_text": ({"sliding_window": 32, "query_pre_attn_scalar": HEAD_SIZE}, NORMED),
     "glm": ({"pad_token_id": 0}, ROPE),  # half of each head, interleaved
+    "gptj": ({"rotary_dim": 8}, ROPE),  # from a table, each column repeated
+    "gpt_neox": ({}, ROPE),  # a quarter of each head, of one projection with q, k, v of a head
+    "cohere": ({"pad_token_id": 0}, ROPE),  # in float32, cos and sin repeated in the table
+    "gpt_oss": ({"sliding_window": 32, "pad_token_id": 0, **EXPERTS}, ROPE),  # cos of half width
+    "llama4_text": ({"use_qk_norm": False, **EXPERTS}, ROPE),  # complex numbers
+    "gemma3n_text": (GEMMA3N, NORMED),  # by a power instead of a reciprocal root
+}
+# What stays apart, and why.
+APART: dict[str, tuple[dict[str, Any], str]] = {
+    "exaone4": ({"layer_types": ["full_attention"] * 2, "sliding_window": 32}, "norm apart: "),
+    "hunyuan_v1_dense": ({}, "RoPE apart: the key is changed after its rotation"),
+    "deepseek_v2": ({**LATENT, "first_k_dense_replace": 2}, "norm apart: "),
 }
 
 
 def make_model(name: str, layers: int = 2) -> torch.nn.Module:
-    extra, _ = MODELS[name]
-    model_config = transformers.AutoConfig.for_model(
-        name,
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=HEADS,
-        head_dim=HEAD_SIZE,
-        max_position_embeddings=64,
-        **extra,
-    )
+    extra, _ = (MODELS | APART)[name]
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": HEADS,
+        "head_dim": HEAD_SIZE,
+        "max_position_embeddings": 64,
+    }
+    model_config = transformers.AutoConfig.for_model(name, **(sizes | extra))
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(model_config).eval()
 
@@ -54,8 +74,9 @@ def generate(
 ) -> Any:
     """Return the logits of a prefill and of greedy steps, with a static cache."""
     cache = transformers.StaticCache(config=model.config, max_cache_len=CACHE_LENGTH)
-    cache.early_initialization(1, HEADS, HEAD_SIZE, torch.float32, torch.device("cpu"))
     tokens = torch.arange(1, 1 + PROMPT)[None]
+    model(input_ids=tokens, past_key_values=cache, use_cache=True)  # makes the tensors of the cache
+    cache.reset()
     logits = []
     for step in range(1 + STEPS):
         forward = decode if step else prefill
@@ -65,8 +86,12 @@ def generate(
     return torch.cat(logits)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_rope_and_write_of_every_layer_are_one_operator(name: str) -> None:
+def check(name: str) -> list[dict[str, Any]]:
+    """Require equal logits of two graphs, one of the prefill and one of all steps.
+
+    Returns:
+        What is reported of the two layers; it is the same of both graphs.
+    """
     model = make_model(name)
     graphs: list[int] = []
 
@@ -80,12 +105,24 @@ def test_rope_and_write_of_every_layer_are_one_operator(name: str) -> None:
         logits = generate(model, compiled, compiled)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
-    assert len(graphs) == 2  # one of the prefill, one of all steps
-    found = report().as_dict()
+    assert len(graphs) == 2
+    (graph,) = report().as_dict()["graphs"]
+    assert graph["count"] == len(graph["layers"]) == 2
+    return list(graph["layers"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rope_and_write_of_every_layer_are_one_operator(name: str) -> None:
     _, kind = MODELS[name]
-    assert found["kinds"] == {kind: found["layers"]}
-    assert all(len(graph["layers"]) == 2 for graph in found["graphs"])
-    assert all(layer["reason"] is None for graph in found["graphs"] for layer in graph["layers"])
+    assert [(layer["fused"], layer["reason"]) for layer in check(name)] == [(kind, None)] * 2
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_operators_do_not_do_stays_in_front_of_the_write(name: str) -> None:
+    _, reason = APART[name]
+    for layer in check(name):
+        assert layer["fused"] == WRITE
+        assert layer["reason"].startswith(reason)
 
 
 def test_the_backend_decodes_the_same_tokens() -> None:

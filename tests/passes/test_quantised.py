@@ -38,11 +38,11 @@ def writer(quantise: Quantise) -> Program:
 
 
 def per_head(x: Tensor, scale: Tensor) -> Tensor:
-    return x / (scale * torch.arange(1.0, H + 1).view(1, H, 1))
+    return x / (scale * torch.arange(1.0, H + 1, device=x.device).view(1, H, 1))
 
 
 def per_token(x: Tensor, scale: Tensor) -> Tensor:
-    return x / (scale * torch.arange(1.0, T + 1).view(T, 1, 1))
+    return x / (scale * torch.arange(1.0, T + 1, device=x.device).view(T, 1, 1))
 
 
 def saturated(scaled: Quantise, limit: float = LIMIT) -> Quantise:
@@ -88,7 +88,7 @@ def test_a_quantised_write_is_one_operator(how: str, as_bytes: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", ["divide", "in float32", "per head", "multiply", "cast"])
+@pytest.mark.parametrize("how", ["divide", "in float32", "per head", "cast"])
 def test_the_operator_rounds_as_inductor_does(how: str) -> None:
     write = writer(QUANTISED[how][0])
     caches, tokens = make_inputs(E4M3, torch.bfloat16)

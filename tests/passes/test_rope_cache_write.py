@@ -114,10 +114,43 @@ def normed(function: Form) -> Form:
     return lambda x, angles: halves(function(x, weights[x.shape[1]]), angles)
 
 
-@pytest.mark.parametrize("function", NORMS, ids=lambda function: function.__name__)
+def norm_by_power(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm as in Gemma 3n."""
+    wide = x.float()
+    normed = wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + 1e-6, -0.5)
+    return (normed * weight.float()).type_as(x)
+
+
+@pytest.mark.parametrize(
+    "function", [*NORMS, norm_by_power], ids=lambda function: function.__name__
+)
 @layouts
 def test_norms_of_heads_are_fused_with_rope(function: Form, layout: Layout) -> None:
     assert_fused(normed(function), layout, NORMED, "QK norm + RoPE + cache write", dynamic=False)
+
+
+def of_a_stack(weights: Tensor, i: int) -> Tensor:
+    return weights[i]
+
+
+def of_columns(weights: Tensor, i: int) -> Tensor:
+    return weights.view(D, 3)[:, i]
+
+
+def of_one_vector(weights: Tensor, i: int) -> Tensor:
+    return weights.flatten()[i + 1 :][:D]
+
+
+@pytest.mark.parametrize(
+    "take", [of_a_stack, of_columns, of_one_vector], ids=lambda take: take.__name__
+)
+def test_weights_of_norms_are_parts_of_tensors(take: Callable[[Tensor, int], Tensor]) -> None:
+    weights = torch.randn(3, D)
+
+    def form(x: Tensor, angles: Tensor) -> Tensor:
+        return halves(norm_by_power(x, take(weights, x.shape[1] // HKV)), angles)
+
+    assert_fused(form, flat, NORMED, "QK norm + RoPE + cache write", dynamic=False)
 
 
 @pytest.mark.parametrize(("function", "layout"), [*zip(NORMS, LAYOUTS, strict=True)])

@@ -40,6 +40,21 @@ def key_is_scaled(q: Tensor, k: Tensor, v: Tensor, a: Tensor, w: Tensor) -> Head
     return halves(q, a), halves(k, a) * 0.5, v
 
 
+def key_is_normed_after_rope(q: Tensor, k: Tensor, v: Tensor, a: Tensor, w: Tensor) -> Heads:
+    return norm(halves(q, a), w[0]), norm(halves(k, a), w[1]), v
+
+
+def norm_without_rope(q: Tensor, k: Tensor, v: Tensor, a: Tensor, w: Tensor) -> Heads:
+    return norm(q, w.amax(0)), norm(k, w.amin(0)), v
+
+
+def last_elements_are_rotated(q: Tensor, k: Tensor, v: Tensor, a: Tensor, w: Tensor) -> Heads:
+    def turn(x: Tensor) -> Tensor:
+        return torch.cat((x[..., :8], halves(x[..., 8:], a[..., :4])), -1)
+
+    return turn(q), turn(k), v
+
+
 def first_token_is_not_rotated(q: Tensor, k: Tensor, v: Tensor, a: Tensor, w: Tensor) -> Heads:
     return halves(q, a), torch.cat((k[:1], halves(k[1:], a[1:]))), v
 
@@ -101,22 +116,27 @@ def value_from_the_rotated_query(q: Tensor, k: Tensor, v: Tensor, a: Tensor, w: 
 
 
 NOT_ROPE = "RoPE apart: the key is computed in another way than rotary embeddings are"
-NO_QUERY = "RoPE apart: no query is rotated by the same cos and sin"
+NO_QUERY = "RoPE apart: no query of the same dtype is rotated by the same cos and sin"
+CHANGED = "RoPE apart: the key is changed after its rotation"
+PART = "RoPE apart: the rotated part and the rest of a head are not the two ends of one tensor"
 REASONS: dict[Program, str] = {
     query_is_not_rotated: NO_QUERY,
     query_is_rotated_otherwise: NO_QUERY,
     query_is_paired_otherwise: NO_QUERY,
     query_has_other_tokens: NO_QUERY,
-    key_is_scaled: NOT_ROPE,
-    first_token_is_not_rotated: NOT_ROPE,
-    first_head_is_not_rotated: NOT_ROPE,
-    angles_of_each_head: NOT_ROPE,
+    key_is_scaled: CHANGED,
+    key_is_normed_after_rope: CHANGED,
+    first_token_is_not_rotated: CHANGED,
+    first_head_is_not_rotated: CHANGED,
+    last_elements_are_rotated: PART,
+    angles_of_each_head: "RoPE apart: cos and sin differ by head",
     both_signs_are_plus: NOT_ROPE,
     pairs_are_reversed: NOT_ROPE,
     sine_twice: NOT_ROPE,
     one_is_added_to_the_real_parts: NOT_ROPE,
-    in_double: NOT_ROPE,
-    in_bfloat16: NOT_ROPE,
+    in_double: "RoPE apart: the key is rotated in torch.float64 and written in torch.float32",
+    in_bfloat16: "RoPE apart: the key is rotated in torch.bfloat16 and written in torch.float32",
+    norm_without_rope: "norm apart: operators norm only what they rotate too, and the key is not",
     value_from_the_rotated_query: "RoPE apart: the rotated query is read before the cache can be",
 }
 
