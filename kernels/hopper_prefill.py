@@ -45,8 +45,9 @@ HALF = gl.constexpr(64)  # columns of 16 bits: what one box of the TMA may be wi
 CONSUMER_REGISTERS = gl.constexpr(232)
 
 
-# Two names that Gluon changed: in Triton 3.7 and in 3.9.
+# Names that Gluon changed: in Triton 3.7 and in 3.9.
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
@@ -108,7 +109,7 @@ def _produce(ring, key_boxes, value_boxes, work, plan: gl.constexpr):
         for box in gl.static_range(BOXES):
             offset = (tile * plan.block_n + box * SLOTS) % plan.page
             for half in gl.static_range(HALVES):
-                tma.async_copy_global_to_shared(
+                load_box(
                     key_boxes,
                     [numbers[box], work.kv_head, offset, half * HALF],
                     ring.k_full.index(stage),
@@ -119,7 +120,7 @@ def _produce(ring, key_boxes, value_boxes, work, plan: gl.constexpr):
         for box in gl.static_range(BOXES):
             offset = (tile * plan.block_n + box * SLOTS) % plan.page
             for half in gl.static_range(HALVES):
-                tma.async_copy_global_to_shared(
+                load_box(
                     value_boxes,
                     [numbers[box], work.kv_head, offset, half * HALF],
                     ring.v_full.index(stage),

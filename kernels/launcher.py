@@ -25,9 +25,9 @@ from triton.runtime.jit import JITFunction
 # goes through Triton, which returns the compiled kernel; later calls launch that kernel with the
 # arguments of the first, but for the pointers. No kernel chooses a key of its own.
 #
-# Describing a call costs Python 4.3 us. The launches used last are therefore asked first whether
-# they fit: Dynamo's TensorGuards compares all tensors in C++, in 1.0 us (five tensors, host of one
-# H200, torch 2.11, 2026-11-21). They may say no when in doubt.
+# Describing a call costs Python 4.3 us. So the last launch, and the one that followed it last time,
+# are asked first whether they fit: Dynamo's TensorGuards compares all tensors in C++, in 1.0 us
+# (five tensors, host of one H200, torch 2.11, 2026-11-21). They may say no when in doubt.
 
 # TKV_DEBUG=1: an index out of range, else a dropped write or a masked read, is a device assert.
 DEBUG = os.environ.get("TKV_DEBUG", "0") == "1"
@@ -36,8 +36,6 @@ DEBUG = os.environ.get("TKV_DEBUG", "0") == "1"
 _KNOWN_TRITONS = ("3.6", "3.7", "3.8", "3.9")
 # Signatures a launcher remembers; a prompt length, say, makes one each.
 _MAX_SIGNATURES = 4096
-# Launches that are asked first: a model has few that alternate.
-_MAX_RECENT = 4
 
 
 class Launch(NamedTuple):
@@ -91,20 +89,27 @@ class Launcher:
     def __init__(self, prepare: Callable[..., Launch], check: Callable[..., None]) -> None:
         self._prepare, self._check = prepare, check
         self._bound: dict[Any, _Bound] = {}
-        self._recent: list[_Bound] = []
+        self._last: _Bound | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...] | None:
-        for bound in self._recent:
-            pointers = bound.guard(args, kwargs)
-            if pointers is not None:
-                break
-        else:
+        bound = last = self._last
+        pointers = None
+        if last is not None:
+            pointers = last.guard(args, kwargs)
+            if pointers is None:
+                bound = last.next
+                pointers = bound.guard(args, kwargs)
+        if bound is None or pointers is None:
             signature = _signature(args, kwargs)
             if signature not in self._bound:
                 return self._launch_first(signature, args, kwargs)
             bound = self._bound[signature]
-            self._recent = [bound, *(x for x in self._recent if x is not bound)][:_MAX_RECENT]
+            if bound is last:  # whose guard was too strict: of another inference mode, say
+                bound.guard = _Guard(args, kwargs)
+            elif last is not None:
+                last.next = bound
             pointers = [arg.data_ptr() for arg in args if isinstance(arg, Tensor)]
+        self._last = bound
         if _is_hooked(bound.kernel):
             return run(self._prepare(*args, **kwargs))
         return bound(pointers)
@@ -113,15 +118,15 @@ class Launcher:
         self, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | tuple[Tensor, ...] | None:
         self._check(*args, **kwargs)
-        guard = _Guard(args, kwargs)
         # One tensor given for two arguments becomes two: the next call may give two.
-        args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
-        launch = self._prepare(*args, **kwargs)
+        apart = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+        launch = self._prepare(*apart, **kwargs)
         compiled = [_run(one) for one in _chain(launch)]
         if None not in compiled and _knows_triton() and not _has_descriptors(launch):
             if len(self._bound) >= _MAX_SIGNATURES:
                 self._bound.clear()
-            self._bound[signature] = _Bound(launch, compiled, list(_tensors(args)), guard)
+            guard = _Guard(args, kwargs)
+            self._bound[signature] = _Bound(launch, compiled, list(_tensors(apart)), guard)
         return launch.out
 
 
@@ -129,27 +134,36 @@ class _Guard:
     """Tells fast whether a call has the signature of the first one; may say no when in doubt."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._length, self._kwargs = len(args), kwargs
         places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
-        self._tensors = operator.itemgetter(*places)  # of two or more: a tuple
-        self._others = [(i, arg) for i, arg in enumerate(args) if i not in places]
+        others = [i for i in range(len(args)) if i not in places]
+        self._tensors, self._others = _getter(places), _getter(others)
+        self._values, self._kwargs = self._others(args), kwargs
         tensors = self._tensors(args)
         guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         self._same: Callable[..., bool] = guards.check
-        self._aligned = math.gcd(16, *map(Tensor.data_ptr, tensors)) == 16
+        aligned = math.gcd(16, *map(Tensor.data_ptr, tensors)) == 16
+        self._types = tuple(map(type, args)) if aligned else None
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
         """Return the pointers of the tensors if the call fits."""
-        if len(args) != self._length or kwargs != self._kwargs or not self._aligned:
+        if (
+            tuple(map(type, args)) != self._types
+            or kwargs != self._kwargs
+            or self._others(args) != self._values
+        ):
             return None
-        for place, other in self._others:
-            if isinstance(args[place], Tensor) or args[place] != other:
-                return None
         tensors = self._tensors(args)
         if not self._same(*tensors):
             return None
         pointers = [*map(Tensor.data_ptr, tensors)]
         return pointers if math.gcd(16, *pointers) == 16 else None
+
+
+def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Return what takes the arguments at `places` out of all."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda args: tuple(args[i] for i in places)
 
 
 class _Slot(int):
@@ -163,6 +177,7 @@ class _Bound:
         self, launch: Launch, compiled: list[Any], given: list[Tensor], guard: _Guard
     ) -> None:
         self.kernel, self.guard = launch.kernel, guard
+        self.next = self  # the launch that followed it last time
         self._device = given[0].get_device()
         outs = launch.out if isinstance(launch.out, tuple) else (launch.out,)
         fresh = [out for out in outs if out is not None]
@@ -211,9 +226,12 @@ class _BoundKernel:
         self._run, self._function = _entry(compiled)
         self._pointers = _template(launch.tensors, slots)
         self._rest = (*launch.scalars, *launch.constexprs)
+        first, rest = self._pointers[: len(slots)], self._pointers[len(slots) :]
+        if {*map(type, first)} == {_Slot} and first == tuple(range(len(slots))):  # all, in order
+            self._pointers, self._rest = (), (*rest, *self._rest)
 
     def __call__(self, stream: int, pointers: list[int]) -> None:
-        filled = _fill(self._pointers, pointers)
+        filled = _fill(self._pointers, pointers) if self._pointers else pointers
         self._run(*self._grid, stream, *self._function, *filled, *self._rest)
 
 
@@ -277,8 +295,7 @@ def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _is_hooked(kernel: JITFunction[Any]) -> bool:
     """Return whether somebody, a profiler say, wants to see the launches of `kernel`."""
-    runtime = knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     # A chain of hooks has `calls`; a function that was put in its place has not.
     return bool(
         getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks

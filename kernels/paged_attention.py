@@ -712,8 +712,11 @@ class _Attention(NamedTuple):
         numel = 2 * plan.workers * kv_heads * rows * (plan.value_size + 1)
         partial = self.query.new_empty(numel, dtype=torch.float32)
         pdl = {"launch_pdl": True} if plan.pdl else {}
-        # Few sequences have many partial results each: a program then loads more at once.
-        merged, ahead, warps = (2, 16, 2) if 4 * self.sizes["seqs"] <= plan.workers else (4, 8, 4)
+        # Few sequences have many partial results each: a program then loads more at once. Tiles of
+        # many rows may be of few (padded rows count as queries): these too take four programs.
+        few = 4 * self.sizes["seqs"] <= plan.workers
+        merged = 2 if few else max(triton.next_power_of_2(rows) // 4, 4)
+        ahead, warps = max(32 // merged, 1), 2 if few else 4
         merge = Launch(
             _merge,
             (kv_heads * triton.cdiv(rows, merged), plan.workers),

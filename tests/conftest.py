@@ -9,6 +9,7 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+torch.set_num_threads(1)  # the tensors are small: more threads wait for each other
 
 # Triton reads this when it is first imported, so no test module may import it earlier.
 if not HAS_GPU:

@@ -187,7 +187,28 @@ def test_models_that_alternate_and_inference_mode_keep_their_own_launches(
             for tokens in (1, 2, 3, 4, 5, 6, 1, 2, 6, 6, 6, 1):
                 assert_writes(write, times=1, tokens=tokens)
     assert len(triton_launches) == 6
-    assert len(write._recent) <= launcher._MAX_RECENT
+
+
+@pytest.mark.gpu
+def test_launches_that_alternate_are_found_without_describing_the_call(
+    write: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = []
+    signature = launcher._signature
+
+    def record(*call) -> object:
+        described.append(call)
+        return signature(*call)
+
+    monkeypatch.setattr(launcher, "_signature", record)
+    for turn in range(4):
+        for tokens in range(1, 9):
+            assert_writes(write, times=1, tokens=tokens)
+        if turn == 2:  # each was compiled, and then seen to follow another
+            described.clear()
+    with torch.inference_mode():
+        assert_writes(write, tokens=3)
+    assert len(described) <= 2
 
 
 @pytest.mark.gpu
