@@ -135,14 +135,16 @@ class _Guard:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
-        others = [i for i in range(len(args)) if i not in places]
-        self._tensors, self._others = _getter(places), _getter(others)
-        self._values, self._kwargs = self._others(args), kwargs
+        self._tensors = _getter(places)
         tensors = self._tensors(args)
+        self._types: tuple[type, ...] | None = None  # a call that is not aligned never fits
+        if math.gcd(16, *map(Tensor.data_ptr, tensors)) < 16:
+            return
+        self._types = tuple(map(type, args))
+        self._others = _getter([i for i in range(len(args)) if i not in places])
+        self._values, self._kwargs = self._others(args), kwargs
         guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         self._same: Callable[..., bool] = guards.check
-        aligned = math.gcd(16, *map(Tensor.data_ptr, tensors)) == 16
-        self._types = tuple(map(type, args)) if aligned else None
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
         """Return the pointers of the tensors if the call fits."""

@@ -227,6 +227,21 @@ def test_each_device_has_its_own_kernel_and_stream(write: Launcher) -> None:
     assert torch.cuda.current_device() == 0
 
 
+def test_a_guard_tells_calls_apart() -> None:
+    guard = launcher._Guard((*arguments(device="cpu"), None, 3), {"wrap": False})
+    tensors = arguments(device="cpu")
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    assert guard((*tensors, None, 3), {"wrap": False}) == pointers
+    for others in ((None, 4), (None, 3.0), (3, None)):
+        assert guard((*tensors, *others), {"wrap": False}) is None
+    assert guard((*tensors, None, 3), {"wrap": True}) is None
+    assert guard((*tensors, None), {"wrap": False}) is None
+    for unlike in (arguments(tokens=6, device="cpu"), arguments(offset=1, device="cpu")):
+        assert guard((*unlike, None, 3), {"wrap": False}) is None
+    misaligned = (*arguments(offset=1, device="cpu"), None, 3)
+    assert launcher._Guard(misaligned, {})(misaligned, {}) is None
+
+
 def test_an_unknown_triton_keeps_its_own_launch_and_says_so_once(
     device: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
