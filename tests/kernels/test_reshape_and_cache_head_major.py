@@ -78,8 +78,10 @@ def test_runs_of_consecutive_slots_are_written_wherever_they_begin(
     block_size: int,
     unmapped: int,
     cache_dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     skip_inexact_casts(cache_dtype)
+    monkeypatch.setattr(kernel, "_MIN_TOKENS", 65)
     slots = torch.cat([torch.arange(*piece) for piece in pieces]).to(device)
     slots[70] = -1
     key, value = torch.randn(2, len(slots) + unmapped, 3, 24, device=device).to(MODEL_DTYPE)
@@ -107,9 +109,9 @@ def test_runs_are_written_whole_where_every_one_is_aligned(device: str) -> None:
         return (*launch.tensors, *launch.scalars, *launch.constexprs)[names.index("RUNS")]
 
     cache = torch.randn(9, 3, 24, 32, device=device)
-    assert writes_runs(100, cache)
-    assert writes_runs(100, cache[..., :16])
-    assert not writes_runs(64, cache)
-    assert not writes_runs(100, cache[..., :8])
-    assert not writes_runs(100, torch.randn(9, 3, 24, 33, device=device)[..., :32])
-    assert not writes_runs(100, cache.transpose(1, 3).contiguous().transpose(1, 3))
+    assert writes_runs(600, cache)
+    assert writes_runs(600, cache[..., :16])
+    assert not writes_runs(512, cache)
+    assert not writes_runs(600, cache[..., :8])
+    assert not writes_runs(600, torch.randn(9, 3, 24, 33, device=device)[..., :32])
+    assert not writes_runs(600, cache.transpose(1, 3).contiguous().transpose(1, 3))
