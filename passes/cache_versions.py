@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,12 +15,13 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from torch_tkv.passes.inductor import Region, call_arguments, is_call
-from torch_tkv.passes.strided import strided_view
+from torch_tkv.passes.strided import replayed, strided_view
 from torch_tkv.passes.views import (
     RESHAPES,
     SPLITS,
     View,
     arguments,
+    same,
     select,
     slices,
     split_steps,
@@ -100,6 +102,7 @@ class CacheVersions:
         ends: the copy_ that makes the newest version permanent, by base.
         unclear: why the versions of a base could not be followed, by base.
         lost: why what a hand-written call mutates could not be followed, by call.
+        ambiguous: the calls whose strides Inductor may take for those of another layout.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -110,6 +113,7 @@ class CacheVersions:
         self.ends: dict[Node, Node] = {}
         self.unclear: dict[Node, str] = {}
         self.lost: dict[Node, str] = {}
+        self.ambiguous: set[Node] = set()
         self._newest: dict[Node, int] = {}
         self._copies = _copies_written_back(graph)
         for node in graph.nodes:
@@ -199,6 +203,9 @@ class CacheVersions:
         reads, mutated = call_arguments(node)
         self._read(node, [arg for arg in reads.values() if isinstance(arg, Node)])
         called, bases = node.args[0], node.kwargs["_all_bases"]
+        strided = [region.base for region in mutated.values() if region.strides]
+        if any(map(self._is_laid_out_anew, strided)):
+            self.ambiguous.add(node)
         shown = [view for base in bases if (view := self.view(base))]  # type: ignore[union-attr]
         try:
             views = {name: self._region(region) for name, region in mutated.items()}
@@ -215,14 +222,31 @@ class CacheVersions:
         new = [replace(view, version=self._newest[view.base]) for view in shown]
         self.views[node] = [*[None] * results, *new]
 
+    def _is_laid_out_anew(self, node: Node) -> bool:
+        """Whether a write has given a cache other strides than the input has: see _region."""
+        view = self.view(node)
+        if view is None or node is view.base:
+            return False
+        return not same(value(node).stride(), replayed(view).stride())
+
     def _region(self, region: Region) -> View:
         base = self.view(region.base)
         if base is None:
             raise _LostError("it mutates a tensor that is made in the compiled graph")
-        view = strided_view(base, *region.strides) if region.strides else base
-        if view is None:
+        if not region.strides:
+            return base
+        # Functional writes may lay out their results anew. The strides are then those of the eager
+        # program or of the functional one: what reads one way only is that.
+        found = [strided_view(base, *region.strides)]
+        if self._is_laid_out_anew(region.base):
+            part = strided_view(View(region.base), *region.strides)
+            found.append(part and functools.reduce(View.then, part.steps, base))
+        views = [view for view in found if view is not None]
+        if not views:
             raise _LostError("it mutates a view that no select, slice, permute and reshape lead to")
-        return view
+        if views[0] != views[-1]:
+            raise _LostError("it mutates a view of what a write before it laid out anew")
+        return views[0]
 
     def _read(self, node: Node, args: Iterable[Node] | None = None) -> None:
         for arg in node.all_input_nodes if args is None else args:

@@ -156,7 +156,9 @@ class Plan:
         made = {op.node for op in self.ops if isinstance(op, Call)}
         reasons = {w.node: why for w, why in self.reasons.items() if w.argument} | self.caches.lost
         for node in self.position:
-            if is_call(node) and node not in made and not is_safe_call(node):
+            if not is_call(node) or node in made:
+                continue
+            if node in self.caches.ambiguous or not is_safe_call(node):
                 raise RuntimeError(
                     f"torch_tkv: torch.compile would write to the wrong rows in "
                     f"{node.args[0]._schema.name} ({source([node])}), which was not made in place: "

@@ -40,14 +40,15 @@ def _hint(size: Any) -> int:
     return int(size) if isinstance(size, int) else int(size.node.hint)
 
 
-def _replayed(view: View) -> Tensor:
+def replayed(view: View) -> Tensor:
+    """Return a view of an input at compile time."""
     base = value(view.base)
     with base.fake_mode:
         return view.replay(base)
 
 
 def _lies_at(view: View, size: Sequence[Any], stride: Sequence[Any], offset: Any) -> bool:
-    tensor = _replayed(view)
+    tensor = replayed(view)
     if tensor.untyped_storage()._cdata != value(view.base).untyped_storage()._cdata:
         return False
     strides = zip(tensor.stride(), stride, size, strict=False)
@@ -58,7 +59,7 @@ def _lies_at(view: View, size: Sequence[Any], stride: Sequence[Any], offset: Any
 
 def _refined(view: View, size: Sequence[Any], stride: Sequence[Any]) -> Iterator[View]:
     """Yield a contiguous view with its dimensions split where the strides of the part need it."""
-    tensor = _replayed(view)
+    tensor = replayed(view)
     if not tensor.is_contiguous():
         return
     left, shape = math.prod(map(_hint, tensor.shape)), []
@@ -73,7 +74,7 @@ def _refined(view: View, size: Sequence[Any], stride: Sequence[Any]) -> Iterator
 
 def _part(view: View, size: Sequence[Any], stride: Sequence[Any], offset: Any) -> View | None:
     """Select and slice where `offset` says, then bring the dimensions into order."""
-    tensor = _replayed(view)
+    tensor = replayed(view)
     dims = [*zip(map(_hint, tensor.shape), map(_hint, tensor.stride()), strict=True)]
     wanted = [(j, _hint(n), _hint(t)) for j, (n, t) in enumerate(zip(size, stride, strict=True))]
     long = [(j, n, t) for j, n, t in wanted if n != 1]
@@ -100,7 +101,7 @@ def _part(view: View, size: Sequence[Any], stride: Sequence[Any], offset: Any) -
 
 def _in_order(view: View, size: Sequence[Any], long: list[tuple[int, int, int]]) -> View | None:
     """Order the dimensions by their strides, regroup them, and order them as the part has them."""
-    strides = list(map(_hint, _replayed(view).stride()))
+    strides = list(map(_hint, replayed(view).stride()))
     view = view.permute(sorted(range(len(strides)), key=lambda dim: -strides[dim]))
     kept = [j for j, _, unit in sorted(long, key=lambda x: -x[2])]
     shape = [size[j] for j in kept]

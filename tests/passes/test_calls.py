@@ -10,6 +10,7 @@ import torch
 from compiled import cache_sized, run_compiled
 from expecttest import assert_expected_inline
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 
 import torch_tkv
 from torch_tkv import (
@@ -276,6 +277,34 @@ def test_a_call_that_would_go_wrong_is_refused(program: Program, reason: str) ->
 def test_a_call_that_inductor_gets_right_is_left_to_it(program: Program) -> None:
     caches, tokens = make_inputs(stacked)
     assert "auto_functionalized" in run_compiled(program, caches, *tokens).text
+
+
+def scatter(values: Tensor, v: Tensor, s: Tensor) -> Tensor:
+    """Write in a way whose functional form lays out its result anew."""
+    index = (s % P).view(1, T, 1, 1).expand(len(values), T, H, D)
+    return values.scatter_(1, index, v.expand_as(index).contiguous())
+
+
+def viewed_before(kc: Tensor, vc: Tensor, k: Tensor, v: Tensor, s: Tensor) -> None:
+    reshape_and_cache(k, v, kc.transpose(1, 2), scatter(vc.transpose(1, 2), v, s), s)
+
+
+def viewed_behind(kc: Tensor, vc: Tensor, k: Tensor, v: Tensor, s: Tensor) -> None:
+    scatter(vc.transpose(1, 2), v, s)
+    reshape_and_cache(k, v, kc.transpose(1, 2), vc.transpose(1, 2), s)
+
+
+@pytest.mark.parametrize("program", [viewed_before, viewed_behind], ids=lambda p: p.__name__)
+@pytest.mark.parametrize("offset", [False, True])
+def test_a_call_on_what_a_write_laid_out_anew_is_right_or_refused(
+    program: Program, offset: bool
+) -> None:
+    caches, tokens = make_inputs(head_major, offset=offset)
+    try:
+        run_compiled(program, caches, *tokens, generate=False)
+    except BackendCompilerFailed as error:
+        if "a view of what a write before it laid out anew" not in str(error):
+            raise
 
 
 @pytest.mark.filterwarnings("error:.*share a storage")

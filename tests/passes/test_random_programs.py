@@ -11,6 +11,7 @@ import torch
 from compiled import run_compiled
 from hypothesis import given, settings
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 
 from torch_tkv import reshape_and_cache
 
@@ -93,7 +94,11 @@ def check(statements: list[tuple[int, ...]], *, generate: bool = False) -> None:
     k, v = torch.randint(-99, 99, (2, T, H, D)).float()
     slots = torch.tensor([3, 17, 8])
     global fused
-    fused += run_compiled(program, caches, k, v, slots, generate=generate).matched
+    try:
+        fused += run_compiled(program, caches, k, v, slots, generate=generate).matched
+    except BackendCompilerFailed as error:
+        if "would write to the wrong rows" not in str(error):
+            raise
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch_tkv", "ignore:.*share a storage")
