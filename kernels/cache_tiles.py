@@ -128,7 +128,7 @@ def divide_to_cache(
 ):
     """Return `x / factor`, saturated, rounded once to the dtype of a cache."""
     if factor is not None:
-        x = tl.div_rn(x.to(tl.float32), tl.broadcast_to(factor, x.shape))
+        x = tl.div_rn(x.to(tl.float32), factor)
     if SATURATES_AT is not None:
         limit: tl.constexpr = SATURATES_AT
         x = tl.clamp(x.to(tl.float32), -limit, limit, propagate_nan=tl.PropagateNan.ALL)

@@ -198,10 +198,11 @@ def test_caches_of_8_bits_are_right_with_every_kind_of_scale(
 @pytest.mark.parametrize("form", [FEW, MIXED])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("output_scale", [0.002, 0.01, 0.4])
+@pytest.mark.parametrize("head_size", [16, 64])
 def test_an_output_scale_divides_saturates_and_rounds_to_float8(
-    dtype: torch.dtype, output_scale: float, form
+    dtype: torch.dtype, head_size: int, output_scale: float, form
 ) -> None:
-    batch = make_batch(*form, dtype=dtype, padding=3)
+    batch = make_batch(*form, dtype=dtype, head_size=head_size, padding=3)
     options = {"output_scale": torch.tensor(output_scale)}
     assert_kernel_is_as_accurate_as_reference(batch, "cuda", **options)
 

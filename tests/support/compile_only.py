@@ -158,6 +158,11 @@ def attention_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
         run(paged_attention.prepare(*arguments(700, heads, sizes, dtype, dtype)))
         yield f"paged_attention {heads} x {sizes} {dtype}"
     scale = torch.empty(8, device="meta")
+    options = {"window": 99, "softcap": 20.0, "sinks": torch.empty(32, device="meta")}
+    if torch.float8_e4m3fn in dtypes:
+        options["output_scale"] = scale[0]
+    run(paged_attention.prepare(*arguments(700, 8, (128, 128), half, half), **options))
+    yield "paged_attention many tokens, many options"
     for dtype in set(dtypes) - {half}:
         scales = {"k_scale": scale, "v_scale": scale}
         if dtype == torch.int8:
