@@ -1,6 +1,5 @@
-"""Attention tile by tile: what all kernels of attention share.
+"""Attention tile by tile: what all kernels of attention compute alike.
 
-A tile has M rows of queries, which are the G heads of a group for each of a few tokens, and n keys.
 Scores are kept in units of log2, so the softmax is exp2. One online softmax (Milakov and
 Gimelshein, 2018) serves all kernels; so do the masks and the score modifiers.
 """
@@ -13,125 +12,43 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from torch_tkv.kernels.attention_geometry import (
+    Blocks,
+    load_blocks,
+    query_rows,
+    slot_offset,
+    visible,
+    walk_of,
+)
 from torch_tkv.kernels.cache_tiles import to_cache
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 
 
-class Plan(NamedTuple):
-    """What is compiled into a kernel of attention, but for dtypes and strides.
+class Inputs(NamedTuple):
+    """What attention is computed from."""
 
-    Attributes:
-        page: slots of a block, P.
-        group: query heads of a KV head, G.
-        size, value_size: D and Dv.
-        key_strides, value_strides: of blocks, slots and heads. Multiplying by what is known only
-            when the kernel runs costs decoding 3% (H200, Triton 3.6, 2026-11-21).
-        causal, window, softcap: as in `torch_tkv.paged_attention`.
-        block_d, block_dv: D and Dv, rounded up to a power of 2.
-        block_q: tokens of a tile of queries.
-        block_m: its rows, at least block_q * group; a power of 2.
-        block_n: keys of a tile; a power of 2.
-        block_b: sequences, of which each program scans all (decode) or as many at a time (prefill).
-        pairs: values of 8 bits are read in pairs of this kind; None for one by one.
-        workers: programs to a KV head that share the decoding.
-        max_queries: longer sequences are prefilled; None if all are decoded.
-        pdl: whether the merging kernel starts early (programmatic dependent launch).
-    """
-
-    page: int
-    group: int
-    size: int
-    value_size: int
-    key_strides: tuple[int, ...]
-    value_strides: tuple[int, ...]
-    causal: bool
-    window: int | None
-    softcap: float | None
-    block_d: int
-    block_dv: int
-    block_q: int = 0
-    block_m: int = 0
-    block_n: int = 0
-    block_b: int = 0
-    pairs: str | None = None
-    workers: int = 0
-    max_queries: int | None = None
-    pdl: bool = False
+    query: Any  # [T, Hq, D]
+    stride_t: Any
+    stride_h: Any
+    key_cache: Any
+    value_cache: Any
+    batch: Any
+    extra: Any
+    scale: Any
+    num_blocks: Any  # N
 
 
-class Batch(NamedTuple):
-    """Which rows of the query, and which blocks of the cache, are whose."""
+class Result(NamedTuple):
+    """Where a tile of queries goes, and what it takes to finish it."""
 
-    block_table: Any  # [B, max_blocks]
-    table_stride_b: Any
-    table_stride_n: Any
-    seq_lens: Any  # [B]
-    seq_lens_stride: Any
-    query_start_loc: Any  # [B + 1]
-    query_start_loc_stride: Any
-
-
-class Cache(NamedTuple):
-    """The cached keys, or the cached values."""
-
-    data: Any  # [N, P, Hkv, D]
-    scale: Any  # None, [] or [Hkv]
-    scale_stride: Any
-    scales: Any  # None or [N, P, Hkv]
-    scales_stride_n: Any
-    scales_stride_p: Any
-    scales_stride_h: Any
-
-
-class Options(NamedTuple):
-    """Tensors that change the scores; None is nothing."""
-
-    slopes: Any  # [Hq], of ALiBi
-    sinks: Any  # [Hq]
-    bias: Any  # [T, Q], between the new tokens of a sequence
-    bias_stride_t: Any
-    bias_stride_q: Any
-    bias_width: Any  # Q
-
-
-class Sequence(NamedTuple):
-    """A sequence of the batch, or a tile of them."""
-
-    start: Any  # first row of the query
-    count: Any  # of its rows
-    length: Any  # keys
-
-
-class Rows(NamedTuple):
-    """The rows of a tile of queries."""
-
-    token: Any  # [M]
-    head: Any  # [M]
-    position: Any  # [M], of the token in its sequence
-    inside: Any  # [M]
-
-
-class Walk(NamedTuple):
-    """The keys that a tile of queries sees."""
-
-    begin: Any  # key position of the first
-    end: Any  # and after the last
-    lo: Any  # the tile of the first
-    masked_below: Any  # tiles before this one, and
-    masked_from: Any  # from this one on, hold keys that some query does not see
-    hi: Any  # the tile after the last
-
-
-class Blocks(NamedTuple):
-    """A sequence's row of the block table."""
-
-    row: Any  # [max_blocks]
-    stride: Any
-    num_blocks: Any  # N, of the cache
-    begin: Any  # the first key position that is read
-    end: Any  # and the one after the last
+    out: Any  # [T, Hq, Dv]
+    lse_out: Any  # None or [T, Hq]
+    value_cache: Any
+    sinks: Any  # None or [Hq]
+    output_scale: Any  # None or []
+    num_heads: Any  # Hq
 
 
 class Modifiers(NamedTuple):
@@ -145,95 +62,11 @@ class Modifiers(NamedTuple):
 
 
 @triton.jit
-def sequence(b, batch, num_seqs, num_tokens, max_keys):
-    """Return sequence `b`, or a tile of sequences; number B is the padded rows, without keys."""
-    starts = batch.query_start_loc + b * batch.query_start_loc_stride
-    start = tl.load(starts, mask=b <= num_seqs, other=num_tokens)
-    next_start = starts + batch.query_start_loc_stride
-    stop = tl.load(next_start, mask=b < num_seqs, other=num_tokens)
-    length = tl.load(batch.seq_lens + b * batch.seq_lens_stride, mask=b < num_seqs, other=0)
-    # Indices may hold anything: nothing outside of the query and of the block table is touched.
-    start = tl.minimum(tl.maximum(start, 0), num_tokens).to(tl.int32)
-    stop = tl.minimum(tl.maximum(stop, start), num_tokens).to(tl.int32)
-    length = tl.minimum(tl.maximum(length, 0), max_keys).to(tl.int32)
-    return Sequence(start, stop - start, length)
-
-
-@triton.jit
-def tiles_of(keys, plan: tl.constexpr):
-    """Return how many tiles hold that many keys."""
-    return (keys + plan.block_n - 1) // plan.block_n
-
-
-# Note [Query tiles of a ragged batch]
-# The prefilling grid may depend on shapes only, so which sequence a tile belongs to is found on the
-# device. With Q queries a tile, sequence b owns the tiles from query_start_loc[b] // Q + b on. It
-# needs ceil(n / Q) of them for its n queries, and floor(s / Q) + ceil(n / Q) <= floor((s + n) / Q)
-# + 1, so the tiles of two sequences never meet, and T // Q + B + 1 tiles serve every batch. The
-# padded rows behind the last sequence are one more sequence, B, of no keys: its tiles write zeros.
-
-
-@triton.jit
-def _add4(a, b, c, d, e, f, g, h):
-    return a + e, b + f, c + g, d + h
-
-
-@triton.jit
-def sequence_of(tile, lanes, batch, num_seqs, num_tokens, max_keys, plan: tl.constexpr):
-    """Return the number of the sequence that owns a tile of queries, and the sequence.
-
-    `lanes` are 0 to block_b - 1: so many sequences are looked at together.
-    """
-    number, start, count, length = 0, 0, 0, 0
-    for first in range(0, num_seqs + 1, plan.block_b):
-        b = first + lanes
-        seqs = sequence(b, batch, num_seqs, num_tokens, max_keys)
-        begins = seqs.start // plan.block_q + b <= tile
-        goes_on = (seqs.start + seqs.count) // plan.block_q + b >= tile
-        this = (begins & goes_on & (b <= num_seqs)).to(tl.int32)
-        picked = (b * this, seqs.start * this, seqs.count * this, seqs.length * this)
-        picked = tl.reduce(picked, 0, _add4)
-        number, start = number + picked[0], start + picked[1]
-        count, length = count + picked[2], length + picked[3]
-    # Starts that do not ascend may have picked several.
-    start = tl.minimum(start, num_tokens)
-    seq = Sequence(start, tl.minimum(count, num_tokens - start), tl.minimum(length, max_keys))
-    return tl.minimum(number, num_seqs), seq
-
-
-@triton.jit
-def query_rows(m, seq, first, kv_head, plan: tl.constexpr):
-    """Return rows `m` of the tile of the tokens from `first` of a sequence on."""
-    token = first + m // plan.group
-    inside = (m < plan.block_q * plan.group) & (token < seq.count)
-    position = token + seq.length - seq.count
-    return Rows(seq.start + token, kv_head * plan.group + m % plan.group, position, inside)
-
-
-@triton.jit
-def walk_of(seq, first, plan: tl.constexpr):
-    """Return the walk of the tile of queries from token `first` of a sequence on."""
-    first_new = seq.length - seq.count
-    begin, end = 0, seq.length
-    lo, masked_below = 0, 0
-    masked_from = seq.length // plan.block_n
-    if plan.causal:
-        end = tl.minimum(end, first_new + first + plan.block_q)
-        masked_from = tl.minimum(masked_from, tl.maximum(first_new + first + 1, 0) // plan.block_n)
-    hi = tiles_of(tl.maximum(end, 0), plan)
-    if plan.window is not None:
-        begin = tl.maximum(first_new + first + 1 - plan.window, 0)
-        lo = begin // plan.block_n
-        last_begin = tl.maximum(first_new + first + plan.block_q - plan.window, 0)
-        masked_below = tl.minimum(tl.maximum(tiles_of(last_begin, plan), lo), hi)
-    return Walk(begin, end, lo, masked_below, tl.maximum(masked_from, masked_below), hi)
-
-
-@triton.jit
-def load_query(query, rows, stride_t, stride_h, plan: tl.constexpr):
+def load_query(inputs, rows, plan: tl.constexpr):
     """Return the tile [M, block_d] of the query."""
     dim = tl.arange(0, plan.block_d)[None, :]
-    row = query + rows.token.to(tl.int64) * stride_t + rows.head.to(tl.int64) * stride_h
+    row = inputs.query + rows.token.to(tl.int64) * inputs.stride_t
+    row += rows.head.to(tl.int64) * inputs.stride_h
     return tl.load(row[:, None] + dim, mask=rows.inside[:, None] & (dim < plan.size), other=0.0)
 
 
@@ -245,18 +78,6 @@ def to_half(q):
     power = tl.exp2(tl.floor(tl.log2(top)))
     power = tl.where((top > 0.0) & (top < float("inf")), power, 1.0)
     return (x / power[:, None]).to(tl.float16), power
-
-
-@triton.jit
-def visible(key_position, query_position, end, plan: tl.constexpr):
-    """Return which keys [1, n] each query [M, 1] sees; `end` is the first that none does."""
-    last = end - 1
-    if plan.causal:
-        last = tl.minimum(query_position, last)
-    seen = key_position <= last
-    if plan.window is not None:
-        seen = seen & (key_position > query_position - plan.window)
-    return seen
 
 
 @triton.jit
@@ -288,26 +109,6 @@ def softmax_step(scores, factor, highest, total):
     weights = tl.exp2(scores * factor[:, None] - shift[:, None])
     rescale = tl.exp2(highest - shift)
     return weights, rescale, top, total * rescale + tl.sum(weights, 1)
-
-
-@triton.jit
-def load_blocks(blocks, tile, plan: tl.constexpr):
-    """Return the block number of each key of a tile, -1 where there is no key."""
-    position = tile * plan.block_n + tl.arange(0, plan.block_n)
-    entry = blocks.row + (position.to(tl.uint32) // plan.page) * blocks.stride
-    read = position < blocks.end
-    if plan.window is not None:  # blocks that are behind all windows may have been freed
-        read = read & (position >= blocks.begin)
-    return tl.load(entry, mask=read, other=-1)
-
-
-@triton.jit
-def slot_offset(tile, plan: tl.constexpr):
-    """Return the offset in its block of each key of a tile."""
-    n = tl.arange(0, plan.block_n)
-    if plan.block_n % plan.page != 0:
-        n += tile * plan.block_n
-    return n % plan.page
 
 
 @triton.jit
@@ -474,6 +275,72 @@ def attend(
 
 
 @triton.jit
+def attend_tile(
+    inputs,
+    seq,
+    number,
+    first,
+    lo,
+    hi,
+    kv_head,
+    TO_THE_END: tl.constexpr,
+    plan: tl.constexpr,
+):
+    """Return the rows of a tile of queries, and the state of their softmax.
+
+    The tiles of keys are `lo : hi` or, TO_THE_END, those that some query of the tile sees.
+    """
+    keys, values, extra = inputs.key_cache, inputs.value_cache, inputs.extra
+    walk = walk_of(seq, first, plan)
+    if TO_THE_END:
+        lo, hi = walk.lo, walk.hi
+    batch = inputs.batch
+    table = batch.block_table + number.to(tl.int64) * batch.table_stride_b
+    blocks = Blocks(table, batch.table_stride_n, inputs.num_blocks, walk.begin, walk.end)
+    block = load_blocks(blocks, lo, plan)  # before the query, which is waited for
+
+    rows = query_rows(tl.arange(0, plan.block_m), seq, first, kv_head, plan)
+    q = load_query(inputs, rows, plan)
+    factor = tl.full([plan.block_m], 1.0, tl.float32) * (
+        inputs.scale * scale_of_head(keys, kv_head)
+    )
+    if keys.data.dtype.element_ty.primitive_bitwidth == 8 and q.dtype == tl.bfloat16:
+        q, power = to_half(q)
+        factor *= power
+    slope, bias = None, None
+    if extra.slopes is not None:
+        slope = tl.load(extra.slopes + rows.head, mask=rows.inside, other=0.0)
+    if extra.bias is not None:
+        bias = extra.bias + rows.token.to(tl.int64) * extra.bias_stride_t
+    first_new = seq.length - seq.count
+    modifiers = Modifiers(slope, bias, extra.bias_stride_q, extra.bias_width, first_new)
+
+    highest = tl.full([plan.block_m], float("-inf"), tl.float32)
+    total = tl.full([plan.block_m], 0.0, tl.float32)
+    if plan.pairs is None:
+        acc = (tl.full([plan.block_m, plan.block_dv], 0.0, tl.float32),)
+    else:
+        half = tl.full([plan.block_m, plan.block_dv // 2], 0.0, tl.float32)
+        acc = (half, half)  # type: ignore[assignment]
+    state = (highest, total, acc, block)
+    tile = (q, factor, rows)
+    cache = (keys, values, blocks, kv_head, modifiers)
+    if TO_THE_END:
+        if plan.window is not None:
+            state = attend(state, *tile, lo, walk.masked_below, *cache, True, plan)
+            lo = walk.masked_below
+        state = attend(state, *tile, lo, walk.masked_from, *cache, False, plan)
+        lo = walk.masked_from
+    state = attend(state, *tile, lo, hi, *cache, True, plan)
+    highest, total, acc, _ = state
+    if plan.pairs is None:
+        out = acc[0]
+    else:
+        out = tl.reshape(tl.join(acc[0], acc[1]), (plan.block_m, plan.block_dv))
+    return rows, highest, total, out
+
+
+@triton.jit
 def finish(acc, highest, total, sink):
     """Return the weighted mean of the values, and the log2 of the sum of the weights.
 
@@ -493,8 +360,7 @@ def finish(acc, highest, total, sink):
 
 @triton.jit
 def store_result(
-    out,  # [T, Hq, Dv]
-    lse_out,  # None or [T, Hq]
+    result,
     acc,
     highest,
     total,
@@ -502,24 +368,21 @@ def store_result(
     head,
     dim,
     inside,
-    num_heads,
     kv_head,
-    values,
-    sinks,
-    output_scale,
     SATURATES: tl.constexpr,
     plan: tl.constexpr,
 ):
     """Finish and store rows of the result; all tiles are of one shape, or broadcast to it."""
     sink = None
-    if sinks is not None:
-        sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    if result.sinks is not None:
+        sink = tl.load(result.sinks + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
     mean, lse = finish(acc, highest, total, sink)
-    mean *= scale_of_head(values, kv_head)
-    row = token.to(tl.int64) * num_heads + head
+    mean *= scale_of_head(result.value_cache, kv_head)
+    row = token.to(tl.int64) * result.num_heads + head
     inside = inside & (dim < plan.value_size)
-    x = to_cache(mean, output_scale, None, head, inside, out.dtype.element_ty, SATURATES)
-    tl.store(out + row * plan.value_size + dim, x, mask=inside)
-    if lse_out is not None:
+    dtype: tl.constexpr = result.out.dtype.element_ty
+    x = to_cache(mean, result.output_scale, None, head, inside, dtype, SATURATES)
+    tl.store(result.out + row * plan.value_size + dim, x, mask=inside)
+    if result.lse_out is not None:
         # Each row is stored by its first column.
-        tl.store(lse_out + row + 0 * dim, lse * LN2, mask=inside & (dim == 0))
+        tl.store(result.lse_out + row + 0 * dim, lse * LN2, mask=inside & (dim == 0))

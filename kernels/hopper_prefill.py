@@ -23,18 +23,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from torch_tkv.kernels.attention_tiles import (
-    LOG2E,
+from torch_tkv.kernels.attention_geometry import (
+    SIZES,
     Blocks,
-    Modifiers,
     Plan,
-    modify,
     query_rows,
     sequence_of,
-    softmax_step,
-    store_result,
     visible,
     walk_of,
+)
+from torch_tkv.kernels.attention_tiles import (
+    LOG2E,
+    Modifiers,
+    Result,
+    modify,
+    softmax_step,
+    store_result,
 )
 
 STAGES = gl.constexpr(2)
@@ -70,7 +74,6 @@ class Tile(NamedTuple):
     seq: Any
     first: Any  # of its tokens, in the sequence
     kv_head: Any
-    num_heads: Any
     blocks: Any
     walk: Any
 
@@ -91,7 +94,6 @@ def _produce(ring, key_boxes, value_boxes, work, plan: gl.constexpr):
     blocks, walk = work.blocks, work.walk
     SLOTS: gl.constexpr = min(plan.page, plan.block_n)
     BOXES: gl.constexpr = plan.block_n // SLOTS
-    HALVES: gl.constexpr = plan.size // HALF
     for tile in range(walk.lo, walk.hi):
         stage = (tile - walk.lo) % STAGES
         phase = ((tile - walk.lo) // STAGES & 1) ^ 1
@@ -104,28 +106,28 @@ def _produce(ring, key_boxes, value_boxes, work, plan: gl.constexpr):
             exists = (number >= 0) & (number < blocks.num_blocks)
             number = gl.where(exists, number, blocks.num_blocks).to(gl.int32)
             numbers = numbers + (number,)  # type: ignore[assignment]  # noqa: RUF005, no stars
-        mbarrier.wait(ring.k_free.index(stage), phase)
-        mbarrier.expect(ring.k_full.index(stage), plan.block_n * plan.size * 2)
-        for box in gl.static_range(BOXES):
-            offset = (tile * plan.block_n + box * SLOTS) % plan.page
-            for half in gl.static_range(HALVES):
-                load_box(
-                    key_boxes,
-                    [numbers[box], work.kv_head, offset, half * HALF],
-                    ring.k_full.index(stage),
-                    ring.k_boxes.index((stage * HALVES + half) * BOXES + box),
-                )
-        mbarrier.wait(ring.v_free.index(stage), phase)
-        mbarrier.expect(ring.v_full.index(stage), plan.block_n * plan.size * 2)
-        for box in gl.static_range(BOXES):
-            offset = (tile * plan.block_n + box * SLOTS) % plan.page
-            for half in gl.static_range(HALVES):
-                load_box(
-                    value_boxes,
-                    [numbers[box], work.kv_head, offset, half * HALF],
-                    ring.v_full.index(stage),
-                    ring.v_boxes.index((stage * HALVES + half) * BOXES + box),
-                )
+        where = (numbers, tile, stage, phase, work.kv_head)
+        _fetch(key_boxes, ring.k_boxes, ring.k_free, ring.k_full, *where, plan)
+        _fetch(value_boxes, ring.v_boxes, ring.v_free, ring.v_full, *where, plan)
+
+
+@gluon.jit
+def _fetch(boxes, memory, free, full, numbers, tile, stage, phase, kv_head, plan: gl.constexpr):
+    """Fetch the blocks of a tile of keys, or of their values, once their stage is free."""
+    SLOTS: gl.constexpr = min(plan.page, plan.block_n)
+    BOXES: gl.constexpr = plan.block_n // SLOTS
+    HALVES: gl.constexpr = plan.size // HALF
+    mbarrier.wait(free.index(stage), phase)
+    mbarrier.expect(full.index(stage), plan.block_n * plan.size * 2)
+    for box in gl.static_range(BOXES):
+        offset = (tile * plan.block_n + box * SLOTS) % plan.page
+        for half in gl.static_range(HALVES):
+            load_box(
+                boxes,
+                [numbers[box], kv_head, offset, half * HALF],
+                full.index(stage),
+                memory.index((stage * HALVES + half) * BOXES + box),
+            )
 
 
 @gluon.jit
@@ -188,13 +190,9 @@ def _consume(
     turns,
     q_memory,
     query,  # pointer and strides of tokens and heads
-    work,
-    out,
-    lse_out,
     scale,
-    values,
-    sinks,
-    output_scale,
+    work,
+    result,
     SATURATES: gl.constexpr,
     plan: gl.constexpr,
 ):
@@ -260,8 +258,7 @@ def _consume(
     rows = query_rows(m, work.seq, work.first, work.kv_head, plan)
     dim = gl.arange(0, plan.size, layout=gl.SliceLayout(0, RESULT))[None, :]
     store_result(
-        out,
-        lse_out,
+        result,
         acc,
         gl.convert_layout(highest, gl.SliceLayout(1, RESULT))[:, None],
         gl.convert_layout(total, gl.SliceLayout(1, RESULT))[:, None],
@@ -269,11 +266,7 @@ def _consume(
         rows.head[:, None],
         dim,
         rows.inside[:, None],
-        work.num_heads,
         work.kv_head,
-        values,
-        sinks,
-        output_scale,
         SATURATES,
         plan,
     )
@@ -324,7 +317,7 @@ def _barriers(COUNT: gl.constexpr):
     return gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
 
 
-@gluon.jit(do_not_specialize=["num_seqs", "num_tokens", "num_blocks", "max_blocks"])
+@gluon.jit(do_not_specialize=SIZES)
 def hopper_prefill(
     out,  # [T, Hq, D]
     lse_out,  # None or [T, Hq]
@@ -392,47 +385,13 @@ def hopper_prefill(
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
     rows = (query, query_stride_t, query_stride_h)
-    tile = Tile(seq, first, kv_head, gl.num_programs(0) * plan.group, blocks, walk)
+    tile = Tile(seq, first, kv_head, blocks, walk)
+    num_heads = gl.num_programs(0) * plan.group
+    result = Result(out, lse_out, values, extra.sinks, output_scale, num_heads)
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (
-                    0,
-                    ring,
-                    turns,
-                    q_memory,
-                    rows,
-                    tile,
-                    out,
-                    lse_out,
-                    scale,
-                    values,
-                    extra.sinks,
-                    output_scale,
-                    SATURATES,
-                    plan,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    1,
-                    ring,
-                    turns,
-                    q_memory,
-                    rows,
-                    tile,
-                    out,
-                    lse_out,
-                    scale,
-                    values,
-                    extra.sinks,
-                    output_scale,
-                    SATURATES,
-                    plan,
-                ),
-            ),
+            (_consume, (0, ring, turns, q_memory, rows, scale, tile, result, SATURATES, plan)),
+            (_consume, (1, ring, turns, q_memory, rows, scale, tile, result, SATURATES, plan)),
             (_produce, (ring, key_boxes, value_boxes, tile, plan)),
         ],
         [4, 1],

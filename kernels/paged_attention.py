@@ -20,402 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_tkv.kernels.attention_tiles import (
-    Batch,
-    Blocks,
-    Cache,
-    Modifiers,
-    Options,
-    Plan,
-    Sequence,
-    attend,
-    finish,
-    load_blocks,
-    load_query,
-    query_rows,
-    scale_of_head,
-    sequence,
-    sequence_of,
-    store_result,
-    tiles_of,
-    to_half,
-    walk_of,
-)
+from torch_tkv.kernels.attention_geometry import SIZES, Batch, Cache, Options, Plan, sequence_of
+from torch_tkv.kernels.attention_tiles import Inputs, Result, attend_tile, store_result
 from torch_tkv.kernels.cache_tiles import SATURATES_AT
 from torch_tkv.kernels.device import Device, device_of
 from torch_tkv.kernels.launcher import Launch
-
-# Note [Work of the decoding workers]
-# The tiles of keys that decoding reads, sequence after sequence and tile of queries after tile of
-# queries, form one list. Of its `total` tiles every worker takes an equal run; where a run begins,
-# and whose run a tile is in, follow from `total` and the number of workers. The list is known on
-# the device alone, from seq_lens and query_start_loc, so the grid depends on shapes only.
-#
-# A worker shares at most two tiles of queries with others: the one that its run begins within, slot
-# `worker` of the partial results, and the one that its run ends within, slot `workers + worker`.
-# Whoever begins a shared tile of queries also merges it, in the order of the workers: the result
-# does not depend on who was first.
-#
-# To begin with other queries drains the pipeline of loads, which costs about as much as two tiles
-# of keys (H200, 2026-11-20): every tile of queries is charged for it, unless there are few tiles.
+from torch_tkv.kernels.paged_decode import paged_decode, paged_merge
 
 
-class Work(NamedTuple):
-    """The list of tiles of keys, and how it is dealt out."""
-
-    seqs: Any  # all sequences, [block_b]
-    tiles: Any  # [block_b], of each sequence's part
-    ends: Any  # [block_b]
-    charge: Any  # what a tile of queries counts for beside its tiles of keys
-    total: Any
-    workers: Any  # that have a run
-
-
-class Unit(NamedTuple):
-    """A tile of queries as a part of the list of work."""
-
-    seq: Any
-    number: Any  # of the sequence
-    first: Any  # of its tokens, in the sequence
-    lo: Any  # first tile of keys
-    begin: Any  # in the list
-    end: Any
-
-
-@triton.jit
-def _key_tiles(seq, plan: tl.constexpr):
-    """Return the first tile of keys that some query sees, and the tile after the last."""
-    lo = tl.zeros_like(seq.length)
-    if plan.window is not None:
-        lo = tl.maximum(seq.length - seq.count + 1 - plan.window, 0) // plan.block_n
-    return lo, tiles_of(seq.length, plan)
-
-
-@triton.jit
-def _list_work(batch, num_seqs, num_tokens, max_keys, plan: tl.constexpr):
-    seqs = sequence(tl.arange(0, plan.block_b), batch, num_seqs, num_tokens, max_keys)
-    lo, hi = _key_tiles(seqs, plan)
-    units = tl.where(seqs.length > 0, (seqs.count + plan.block_q - 1) // plan.block_q, 0)
-    if plan.max_queries is not None:
-        units = tl.where(seqs.count <= plan.max_queries, units, 0)
-    num_units, num_tiles = tl.reduce((units, units * (hi - lo)), 0, _add2)
-    charge = tl.where(num_tiles > 4 * plan.workers, 2, 0)
-    tiles = units * (hi - lo + charge)
-    total = num_tiles + num_units * charge
-    enough = tl.minimum(tl.maximum(num_tiles // 4, 16), tl.maximum(total, 1))
-    return Work(seqs, tiles, tl.cumsum(tiles), charge, total, tl.minimum(plan.workers, enough))
-
-
-@triton.jit
-def _run_of(worker, work):
-    """Return the first tile of a worker's run and the tile after the last."""
-    each, more = work.total // work.workers, work.total % work.workers
-    begin = worker * each + tl.minimum(worker, more)
-    end = begin + each + (worker < more).to(tl.int32)
-    return begin, tl.where(worker < work.workers, end, begin)
-
-
-@triton.jit
-def _worker_of(tile, work):
-    """Return the worker whose run a tile is in."""
-    each, more = work.total // work.workers, work.total % work.workers
-    longer = more * (each + 1)  # tiles in the runs of one more
-    late = more + (tile - longer) // tl.maximum(each, 1)
-    return tl.where(tile < longer, tile // (each + 1), late)
-
-
-@triton.jit
-def _add2(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def _add5(a, b, c, d, e, f, g, h, i, j):
-    return a + f, b + g, c + h, d + i, e + j
-
-
-@triton.jit
-def _unit_at(tile, work, plan: tl.constexpr):
-    """Return the tile of queries that a tile of the list belongs to.
-
-    One reduction selects all that is known of the sequence: loading it again would take longer.
-    """
-    begins = work.ends - work.tiles
-    this = ((begins <= tile) & (tile < work.ends)).to(tl.int32)
-    number = tl.arange(0, plan.block_b) * this
-    seqs = work.seqs
-    picked = (number, begins * this, seqs.start * this, seqs.count * this, seqs.length * this)
-    number, begin, start, count, length = tl.reduce(picked, 0, _add5)
-    seq = Sequence(start, count, length)
-    lo, hi = _key_tiles(seq, plan)
-    size = tl.maximum(hi - lo + work.charge, 1)
-    unit = (tile - begin) // size
-    begin += unit * size
-    return Unit(seq, number, unit * plan.block_q, lo, begin, begin + size)
-
-
-@triton.jit
-def _attend_tile(
-    seq,
-    number,
-    first,
-    lo,
-    hi,
-    kv_head,
-    query,
-    stride_t,
-    stride_h,
-    keys,
-    values,
-    batch,
-    extra,
-    scale,
-    num_blocks,
-    TO_THE_END: tl.constexpr,
-    plan: tl.constexpr,
-):
-    """Return the rows of a tile of queries, and the state of their softmax.
-
-    The tiles of keys are `lo : hi` or, TO_THE_END, those that some query of the tile sees.
-    """
-    walk = walk_of(seq, first, plan)
-    if TO_THE_END:
-        lo, hi = walk.lo, walk.hi
-    table = batch.block_table + number.to(tl.int64) * batch.table_stride_b
-    blocks = Blocks(table, batch.table_stride_n, num_blocks, walk.begin, walk.end)
-    block = load_blocks(blocks, lo, plan)  # before the query, which is waited for
-
-    rows = query_rows(tl.arange(0, plan.block_m), seq, first, kv_head, plan)
-    q = load_query(query, rows, stride_t, stride_h, plan)
-    factor = tl.full([plan.block_m], 1.0, tl.float32) * (scale * scale_of_head(keys, kv_head))
-    if keys.data.dtype.element_ty.primitive_bitwidth == 8 and q.dtype == tl.bfloat16:
-        q, power = to_half(q)
-        factor *= power
-    slope, bias = None, None
-    if extra.slopes is not None:
-        slope = tl.load(extra.slopes + rows.head, mask=rows.inside, other=0.0)
-    if extra.bias is not None:
-        bias = extra.bias + rows.token.to(tl.int64) * extra.bias_stride_t
-    first_new = seq.length - seq.count
-    modifiers = Modifiers(slope, bias, extra.bias_stride_q, extra.bias_width, first_new)
-
-    highest = tl.full([plan.block_m], float("-inf"), tl.float32)
-    total = tl.full([plan.block_m], 0.0, tl.float32)
-    if plan.pairs is None:
-        acc = (tl.full([plan.block_m, plan.block_dv], 0.0, tl.float32),)
-    else:
-        half = tl.full([plan.block_m, plan.block_dv // 2], 0.0, tl.float32)
-        acc = (half, half)  # type: ignore[assignment]
-    state = (highest, total, acc, block)
-    tile = (q, factor, rows)
-    cache = (keys, values, blocks, kv_head, modifiers)
-    if TO_THE_END:
-        if plan.window is not None:
-            state = attend(state, *tile, lo, walk.masked_below, *cache, True, plan)
-            lo = walk.masked_below
-        state = attend(state, *tile, lo, walk.masked_from, *cache, False, plan)
-        lo = walk.masked_from
-    state = attend(state, *tile, lo, hi, *cache, True, plan)
-    highest, total, acc, _ = state
-    if plan.pairs is None:
-        out = acc[0]
-    else:
-        out = tl.reshape(tl.join(acc[0], acc[1]), (plan.block_m, plan.block_dv))
-    return rows, highest, total, out
-
-
-_SIZES = ["num_seqs", "num_tokens", "num_blocks", "max_blocks"]
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _decode(
-    out,  # [T, Hq, Dv]
-    lse_out,  # None or [T, Hq]
-    partial,  # [2 * workers, Hkv, block_q * G, Dv] float32, and behind it their log-sums
-    query,  # [T, Hq, D]
-    query_stride_t,
-    query_stride_h,
-    keys,
-    values,
-    batch,
-    extra,
-    scale,
-    output_scale,  # None or []
-    num_seqs,  # B
-    num_tokens,  # T
-    num_blocks,  # N
-    max_blocks,
-    SATURATES: tl.constexpr,
-    plan: tl.constexpr,
-):
-    if plan.pdl:
-        tl.extra.cuda.gdc_launch_dependents()
-    kv_head, worker, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    num_heads = kv_heads * plan.group
-    max_keys = max_blocks * plan.page
-    TILE_ROWS: tl.constexpr = plan.block_q * plan.group
-    work = _list_work(batch, num_seqs, num_tokens, max_keys, plan)
-    tile, end = _run_of(worker, work)
-    while tile < end:
-        unit = _unit_at(tile, work, plan)
-        stop = tl.minimum(end, unit.end)
-        # What a tile of queries is charged for comes first in its part of the list.
-        lo = unit.lo + tl.maximum(tile - unit.begin - work.charge, 0)
-        hi = unit.lo + tl.maximum(stop - unit.begin - work.charge, 0)
-        rows, highest, total, acc = _attend_tile(
-            unit.seq,
-            unit.number,
-            unit.first,
-            lo,
-            hi,
-            kv_head,
-            query,
-            query_stride_t,
-            query_stride_h,
-            keys,
-            values,
-            batch,
-            extra,
-            scale,
-            num_blocks,
-            False,
-            plan,
-        )
-        dim = tl.arange(0, plan.block_dv)[None, :]
-        if (tile == unit.begin) & (stop == unit.end):
-            store_result(
-                out,
-                lse_out,
-                acc,
-                highest[:, None],
-                total[:, None],
-                rows.token[:, None],
-                rows.head[:, None],
-                dim,
-                rows.inside[:, None],
-                num_heads,
-                kv_head,
-                values,
-                extra.sinks,
-                output_scale,
-                SATURATES,
-                plan,
-            )
-        else:
-            slot = tl.where(tile == unit.begin, plan.workers + worker, worker)
-            m = tl.arange(0, plan.block_m)[:, None]
-            stored = rows.inside[:, None]
-            mean, lse = finish(acc, highest[:, None], total[:, None], None)
-            row = (slot * kv_heads + kv_head) * TILE_ROWS + m
-            inside = stored & (dim < plan.value_size)
-            tl.store(partial + row * plan.value_size + dim, mean, mask=inside)
-            partial_lse = partial + 2 * plan.workers * kv_heads * TILE_ROWS * plan.value_size
-            tl.store(partial_lse + row, lse, mask=stored)
-        tile = stop
-
-
-@triton.jit
-def _clear_rows(out, lse_out, batch, num_seqs, num_tokens, max_keys, num_heads, plan: tl.constexpr):
-    """Write zeros where there is no key: rows of empty sequences, and padded rows."""
-    seq = sequence(tl.arange(0, plan.block_b), batch, num_seqs, num_tokens, max_keys)
-    live = seq.length > 0
-    empty = tl.min(tl.where(live | (seq.count == 0), num_tokens, seq.start))
-    padded = sequence(num_seqs, batch, num_seqs, num_tokens, max_keys).start
-    columns = num_heads * plan.value_size
-    BLOCK: tl.constexpr = 1024
-    for token in range(tl.minimum(empty, padded) + tl.program_id(1), num_tokens, plan.workers):
-        owned = live & (seq.start <= token) & (token < seq.start + seq.count)
-        if tl.sum(owned.to(tl.int32)) == 0:
-            row = tl.cast(token, tl.int64) * num_heads
-            for first in range(tl.program_id(0) * BLOCK, columns, tl.num_programs(0) * BLOCK):
-                c = first + tl.arange(0, BLOCK)
-                zeros = tl.zeros([BLOCK], out.dtype.element_ty)
-                tl.store(out + row * plan.value_size + c, zeros, mask=c < columns)
-                if lse_out is not None:
-                    nothing = tl.full([BLOCK], float("-inf"), tl.float32)
-                    tl.store(lse_out + row + c, nothing, mask=c < num_heads)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _merge(
-    out,  # [T, Hq, Dv]
-    lse_out,  # None or [T, Hq]
-    partial,  # [2 * workers, Hkv, block_q * G, Dv] float32, and behind it their log-sums
-    values,
-    batch,
-    sinks,
-    output_scale,  # None or []
-    num_seqs,  # B
-    num_tokens,  # T
-    max_blocks,
-    kv_heads,
-    SATURATES: tl.constexpr,
-    ROWS: tl.constexpr,  # of a tile of queries, to a program
-    AHEAD: tl.constexpr,  # partial results that are loaded at once
-    plan: tl.constexpr,
-):
-    """Merge the tile of queries that a worker began and others went on with; clear rows."""
-    kv_head, worker = tl.program_id(0) % kv_heads, tl.program_id(1)
-    num_heads = kv_heads * plan.group
-    max_keys = max_blocks * plan.page
-    _clear_rows(out, lse_out, batch, num_seqs, num_tokens, max_keys, num_heads, plan)
-    work = _list_work(batch, num_seqs, num_tokens, max_keys, plan)
-    begin, end = _run_of(worker, work)
-    unit = _unit_at(end - 1, work, plan)
-    shared = (unit.begin >= begin) & (unit.end > end) & (end > begin)
-    last = tl.where(shared, _worker_of(unit.end - 1, work), -1)
-    TILE_ROWS: tl.constexpr = plan.block_q * plan.group
-    partial_lse = partial + 2 * plan.workers * kv_heads * TILE_ROWS * plan.value_size
-    m = tl.program_id(0) // kv_heads * ROWS + tl.arange(0, ROWS)[:, None]
-    dim = tl.arange(0, plan.block_dv)[None, :]
-    token = unit.first + m // plan.group
-    inside = shared & (m < TILE_ROWS) & (token < unit.seq.count)
-    highest = tl.full([ROWS, 1], float("-inf"), tl.float32)
-    total = tl.full([ROWS, 1], 0.0, tl.float32)
-    acc = tl.full([ROWS, plan.block_dv], 0.0, tl.float32)
-    if plan.pdl:
-        tl.extra.cuda.gdc_wait()
-    for first in range(worker, last + 1, AHEAD):
-        lses, means, top = (), (), highest
-        for i in tl.static_range(AHEAD):
-            other = first + i
-            slot = tl.where(other == worker, plan.workers + worker, other)
-            row = (slot * kv_heads + kv_head) * TILE_ROWS + m
-            mask = inside & (other + tl.zeros_like(m) <= last)
-            lse = tl.load(partial_lse + row, mask=mask, other=float("-inf"))
-            mask = mask & (dim < plan.value_size)
-            mean = tl.load(partial + row * plan.value_size + dim, mask=mask, other=0.0)
-            lses = lses + (lse,)  # type: ignore[assignment]  # noqa: RUF005, Triton has no stars
-            means = means + (mean,)  # type: ignore[assignment]  # noqa: RUF005
-            top = tl.maximum(top, lse)
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        rescale = tl.exp2(highest - shift)
-        total, acc, highest = total * rescale, acc * rescale, top
-        for i in tl.static_range(AHEAD):
-            weight = tl.exp2(lses[i] - shift)
-            total += weight
-            acc += weight * means[i]
-    store_result(
-        out,
-        lse_out,
-        acc,
-        highest,
-        total,
-        unit.seq.start + token,
-        kv_head * plan.group + m % plan.group,
-        dim,
-        inside,
-        num_heads,
-        kv_head,
-        values,
-        sinks,
-        output_scale,
-        SATURATES,
-        plan,
-    )
-
-
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def _prefill(
     out,  # [T, Hq, Dv]
     lse_out,  # None or [T, Hq]
@@ -446,28 +59,12 @@ def _prefill(
     if plan.max_queries is not None:  # noqa: SIM102, the decoding part has the rest
         if (seq.count <= plan.max_queries) | (seq.length == 0):
             return
-    rows, highest, total, acc = _attend_tile(
-        seq,
-        number,
-        first,
-        0,
-        0,
-        kv_head,
-        query,
-        query_stride_t,
-        query_stride_h,
-        keys,
-        values,
-        batch,
-        extra,
-        scale,
-        num_blocks,
-        True,
-        plan,
-    )
+    strides = (query_stride_t, query_stride_h)
+    inputs = Inputs(query, *strides, keys, values, batch, extra, scale, num_blocks)
+    rows, highest, total, acc = attend_tile(inputs, seq, number, first, 0, 0, kv_head, True, plan)
+    num_heads = tl.num_programs(0) * plan.group
     store_result(
-        out,
-        lse_out,
+        Result(out, lse_out, values, extra.sinks, output_scale, num_heads),
         acc,
         highest[:, None],
         total[:, None],
@@ -475,11 +72,7 @@ def _prefill(
         rows.head[:, None],
         tl.arange(0, plan.block_dv)[None, :],
         rows.inside[:, None],
-        tl.num_programs(0) * plan.group,
         kv_head,
-        values,
-        extra.sinks,
-        output_scale,
         SATURATES,
         plan,
     )
@@ -718,7 +311,7 @@ class _Attention(NamedTuple):
         merged = 2 if few else max(triton.next_power_of_2(rows) // 4, 4)
         ahead, warps = max(32 // merged, 1), 2 if few else 4
         merge = Launch(
-            _merge,
+            paged_merge,
             (kv_heads * triton.cdiv(rows, merged), plan.workers),
             (
                 self.out,
@@ -735,7 +328,7 @@ class _Attention(NamedTuple):
             then=then,
         )
         return Launch(
-            _decode,
+            paged_decode,
             (kv_heads, plan.workers),
             (self.out, self.lse, partial, *self.tensors),
             self.limits,

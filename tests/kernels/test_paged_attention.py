@@ -24,7 +24,7 @@ from torch import Tensor
 import torch_tkv
 from torch_tkv import reference
 from torch_tkv.kernels import paged_attention as kernel
-from torch_tkv.kernels.attention_tiles import Plan
+from torch_tkv.kernels.attention_geometry import Plan
 from torch_tkv.kernels.device import Device
 from torch_tkv.kernels.launcher import run
 
