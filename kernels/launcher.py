@@ -8,22 +8,24 @@ import operator
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
-import triton
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
-from triton import knobs
-from triton.runtime.jit import JITFunction
+
+# Importing torch_tkv imports this module and must not import Triton, which functions do below.
+if TYPE_CHECKING:
+    from triton.runtime.jit import JITFunction
 
 # Note [Launching by signature]
 # Triton's launch binds and specialises every argument anew: each pointer's alignment, each integer
 # being 1 or a multiple of 16, each constexpr. What `prepare` makes of a call, checks included, and
 # what Triton makes of that depend on nothing but the call's signature: dtype, shape, strides,
-# device and alignment of its tensors, and its other arguments. So the first call of a signature
-# goes through Triton, which returns the compiled kernel; later calls launch that kernel with the
-# arguments of the first, but for the pointers. No kernel chooses a key of its own.
+# device and alignment of its tensors, whether autograd would record them, and its other arguments.
+# So the first call of a signature goes through Triton, which returns the compiled kernel; later
+# calls launch that kernel with the arguments of the first, but for the pointers. No kernel chooses
+# a key of its own.
 #
 # Describing a call costs Python 4.3 us. So the last launch, and the one that followed it last time,
 # are asked first whether they fit: Dynamo's TensorGuards compares all tensors in C++, in 1.0 us
@@ -78,6 +80,10 @@ def _run(launch: Launch) -> Any:
         return launch.kernel[launch.grid](*args, **launch.options)
 
 
+# Takes the arguments of a call; returns the pointers of its tensors if it fits, else None.
+_Guard: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], list[int] | None]
+
+
 class Launcher:
     """Calls `prepare` once a signature, and launches what it described from then on.
 
@@ -101,18 +107,18 @@ class Launcher:
                 pointers = bound.guard(args, kwargs)
         if bound is None or pointers is None:
             signature = _signature(args, kwargs)
-            if signature not in self._bound:
+            expected, bound = bound, self._bound.get(signature)
+            if bound is None:
                 return self._launch_first(signature, args, kwargs)
-            bound = self._bound[signature]
-            if bound is last:  # whose guard was too strict: of another inference mode, say
-                bound.guard = _Guard(args, kwargs)
-            elif last is not None:
+            if bound is last or bound is expected:  # too strict: of another inference mode, say
+                bound.guard = _guard(args, kwargs)
+            if last is not None:
                 last.next = bound
             pointers = [arg.data_ptr() for arg in args if isinstance(arg, Tensor)]
         self._last = bound
-        if _is_hooked(bound.kernel):
+        if bound.is_hooked():
             return run(self._prepare(*args, **kwargs))
-        return bound(pointers)
+        return bound.launch(pointers)
 
     def _launch_first(
         self, signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -125,47 +131,45 @@ class Launcher:
         if None not in compiled and _knows_triton() and not _has_descriptors(launch):
             if len(self._bound) >= _MAX_SIGNATURES:
                 self._bound.clear()
-            guard = _Guard(args, kwargs)
-            self._bound[signature] = _Bound(launch, compiled, list(_tensors(apart)), guard)
+            bound = _Bound(launch, compiled, list(_tensors(apart)), _guard(args, kwargs))
+            self._bound[signature] = bound
         return launch.out
 
 
-class _Guard:
-    """Tells fast whether a call has the signature of the first one; may say no when in doubt."""
+def _guard(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Guard:
+    """Return what recognises calls of this one's signature; it may say no when in doubt."""
+    places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+    take_tensors = _getter(places)
+    take_others = _getter([i for i in range(len(args)) if i not in places])
+    tensors, others = take_tensors(args), take_others(args)
+    if math.gcd(16, *map(Tensor.data_ptr, tensors)) < 16:
+        return lambda args, kwargs: None  # no call that is not aligned is recognised
+    count, types = len(args), [*map(type, (*others, *kwargs.values()))]
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    alike: Callable[..., bool] = guards.check  # compares type and requires_grad, too
+    require_grad = any(tensor.requires_grad for tensor in tensors)
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
-        self._tensors = _getter(places)
-        tensors = self._tensors(args)
-        self._types: tuple[type, ...] | None = None  # a call that is not aligned never fits
-        if math.gcd(16, *map(Tensor.data_ptr, tensors)) < 16:
-            return
-        self._types = tuple(map(type, args))
-        self._others = _getter([i for i in range(len(args)) if i not in places])
-        self._values, self._kwargs = self._others(args), kwargs
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        self._same: Callable[..., bool] = guards.check
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
-        """Return the pointers of the tensors if the call fits."""
-        if (
-            tuple(map(type, args)) != self._types
-            or kwargs != self._kwargs
-            or self._others(args) != self._values
-        ):
+    def guard(these: tuple[Any, ...], options: dict[str, Any]) -> list[int] | None:
+        if len(these) != count or options != kwargs:
             return None
-        tensors = self._tensors(args)
-        if not self._same(*tensors):
+        if types:  # compared first: 1 == True, and `None != tensor` raises
+            values = take_others(these)
+            if [*map(type, (*values, *options.values()))] != types or values != others:
+                return None
+            these = take_tensors(these)
+        if not alike(*these) or (require_grad and torch.is_grad_enabled()):
             return None
-        pointers = [*map(Tensor.data_ptr, tensors)]
+        pointers = [tensor.data_ptr() for tensor in these]
         return pointers if math.gcd(16, *pointers) == 16 else None
 
+    return guard
 
-def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+
+def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], Any]:
     """Return what takes the arguments at `places` out of all."""
     if len(places) > 1:
         return operator.itemgetter(*places)
-    return lambda args: tuple(args[i] for i in places)
+    return lambda args: [args[i] for i in places]
 
 
 class _Slot(int):
@@ -173,13 +177,16 @@ class _Slot(int):
 
 
 class _Bound:
-    """Compiled kernels with all their arguments but the pointers."""
+    """Compiled kernels with all their arguments but the stream and the pointers."""
 
     def __init__(
         self, launch: Launch, compiled: list[Any], given: list[Tensor], guard: _Guard
     ) -> None:
-        self.kernel, self.guard = launch.kernel, guard
+        from triton import knobs
+
+        self.guard = guard
         self.next = self  # the launch that followed it last time
+        self._kernel, self._runtime = launch.kernel, knobs.runtime
         self._device = given[0].get_device()
         outs = launch.out if isinstance(launch.out, tuple) else (launch.out,)
         fresh = [out for out in outs if out is not None]
@@ -197,44 +204,48 @@ class _Bound:
         self._returns_tuple = isinstance(launch.out, tuple)
         slots = {id(tensor): _Slot(i) for i, tensor in enumerate((*given, *fresh))}
         self._kernels = [
-            _BoundKernel(one, kernel, slots)
-            for one, kernel in zip(_chain(launch), compiled, strict=True)
+            _bind(one, kernel, slots) for one, kernel in zip(_chain(launch), compiled, strict=True)
         ]
 
-    def __call__(self, pointers: list[int]) -> Tensor | tuple[Tensor, ...] | None:
+    def is_hooked(self) -> bool:
+        """Return whether somebody, a profiler say, wants to see the launches."""
+        runtime = self._runtime
+        try:
+            return bool(
+                runtime.launch_enter_hook.calls
+                or runtime.launch_exit_hook.calls
+                or self._kernel.pre_run_hooks
+            )
+        except AttributeError:  # a function, or None, was put in the place of a chain of hooks
+            return True
+
+    def launch(self, pointers: list[int]) -> Tensor | tuple[Tensor, ...] | None:
+        """Launch with the pointers of the given tensors and return the output or outputs."""
+        if torch._C._cuda_getDevice() != self._device:
+            with torch.cuda.device(self._device):
+                return self.launch(pointers)
         fresh = [empty() for empty in self._fresh]
         if fresh:
             pointers += map(Tensor.data_ptr, fresh)
-        if torch._C._cuda_getDevice() == self._device:
-            self._launch(pointers)
-        else:
-            with torch.cuda.device(self._device):
-                self._launch(pointers)
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        for start, grid, function, template, rest in self._kernels:
+            filled = _fill(template, pointers) if template else pointers
+            start(*grid, stream, *function, *filled, *rest)
         if self._returns_tuple:
             return tuple(fresh[: self._returned])
         return fresh[0] if self._returned else None
 
-    def _launch(self, pointers: list[int]) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
-        for kernel in self._kernels:
-            kernel(stream, pointers)
 
-
-class _BoundKernel:
-    """One compiled kernel with all its arguments but the stream and the pointers."""
-
-    def __init__(self, launch: Launch, compiled: Any, slots: dict[int, _Slot]) -> None:
-        self._grid = (*launch.grid, 1, 1)[:3]
-        self._run, self._function = _entry(compiled)
-        self._pointers = _template(launch.tensors, slots)
-        self._rest = (*launch.scalars, *launch.constexprs)
-        first, rest = self._pointers[: len(slots)], self._pointers[len(slots) :]
-        if {*map(type, first)} == {_Slot} and first == tuple(range(len(slots))):  # all, in order
-            self._pointers, self._rest = (), (*rest, *self._rest)
-
-    def __call__(self, stream: int, pointers: list[int]) -> None:
-        filled = _fill(self._pointers, pointers) if self._pointers else pointers
-        self._run(*self._grid, stream, *self._function, *filled, *self._rest)
+def _bind(launch: Launch, compiled: Any, slots: dict[int, _Slot]) -> tuple[Any, ...]:
+    """Return what starts a kernel, its grid, and its arguments before, with and after pointers."""
+    grid = (*launch.grid, 1, 1)[:3]
+    start, function = _entry(compiled)
+    template = _template(launch.tensors, slots)
+    first, others = template[: len(slots)], template[len(slots) :]
+    if {*map(type, first)} == {_Slot} and first == tuple(range(len(slots))):
+        # No template: the pointers are those of the call, all of them and in order.
+        return start, grid, function, (), (*others, *launch.scalars, *launch.constexprs)
+    return start, grid, function, template, (*launch.scalars, *launch.constexprs)
 
 
 def _template(args: tuple[Any, ...], slots: dict[int, _Slot]) -> tuple[Any, ...]:
@@ -275,6 +286,8 @@ def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
 
 def _entry(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
     """Return what launches a compiled kernel, and what it takes between stream and arguments."""
+    import triton
+
     run, hooks = compiled.run, (None, None, None)  # a hooked launch goes through Triton
     if triton.__version__.startswith("3.6.") and not (
         run.global_scratch_size or run.profile_scratch_size
@@ -286,27 +299,21 @@ def _entry(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
 
 
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    grad = torch.is_grad_enabled()
     described = [
-        (a.dtype, a.shape, a.stride(), a.get_device(), a.data_ptr() % 16)
+        (a.dtype, a.shape, a.stride(), a.get_device(), a.data_ptr() % 16, grad and a.requires_grad)
         if isinstance(a, Tensor)
-        else a
+        else (type(a), a)
         for a in args
     ]
-    return (*described, *kwargs.items())
-
-
-def _is_hooked(kernel: JITFunction[Any]) -> bool:
-    """Return whether somebody, a profiler say, wants to see the launches of `kernel`."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    # A chain of hooks has `calls`; a function that was put in its place has not.
-    return bool(
-        getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks
-    )
+    return (*described, *((name, type(a), a) for name, a in kwargs.items()))
 
 
 @functools.cache
 def _knows_triton() -> bool:
     """Return whether compiled kernels may be launched directly; warn once where not."""
+    import triton
+
     if torch.version.hip is not None:
         return False
     known: bool = triton.__version__.startswith(tuple(f"{version}." for version in _KNOWN_TRITONS))

@@ -55,6 +55,19 @@ def triton_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return launches
 
 
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The arguments with which kernels that do nothing are launched directly, without a GPU."""
+    starts: list[tuple] = []
+    entry = (lambda *args: starts.append(args)), ()
+    monkeypatch.setattr(launcher, "_run", lambda launch: object())
+    monkeypatch.setattr(launcher, "_entry", lambda compiled: entry)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    monkeypatch.setattr(launcher, "_knows_triton", lambda: True)
+    return starts
+
+
 @pytest.mark.gpu
 def test_a_signature_goes_through_triton_once(write: Launcher, triton_launches: list[str]) -> None:
     assert_writes(write)
@@ -228,18 +241,141 @@ def test_each_device_has_its_own_kernel_and_stream(write: Launcher) -> None:
 
 
 def test_a_guard_tells_calls_apart() -> None:
-    guard = launcher._Guard((*arguments(device="cpu"), None, 3), {"wrap": False})
+    guard = launcher._guard((*arguments(device="cpu"), None, 3), {"wrap": False})
     tensors = arguments(device="cpu")
     pointers = [tensor.data_ptr() for tensor in tensors]
     assert guard((*tensors, None, 3), {"wrap": False}) == pointers
-    for others in ((None, 4), (None, 3.0), (3, None)):
+    for others in ((None, 4), (None, 3.0), (3, None), (tensors[0], 3), (None,), (None, 3, None)):
         assert guard((*tensors, *others), {"wrap": False}) is None
-    assert guard((*tensors, None, 3), {"wrap": True}) is None
-    assert guard((*tensors, None), {"wrap": False}) is None
+    for options in ({"wrap": True}, {"wrap": 0}, {}, {"wrap": False, "more": False}):
+        assert guard((*tensors, None, 3), options) is None
+    assert guard((*tensors[:4], None, None, 3), {"wrap": False}) is None
     for unlike in (arguments(tokens=6, device="cpu"), arguments(offset=1, device="cpu")):
         assert guard((*unlike, None, 3), {"wrap": False}) is None
     misaligned = (*arguments(offset=1, device="cpu"), None, 3)
-    assert launcher._Guard(misaligned, {})(misaligned, {}) is None
+    assert launcher._guard(misaligned, {})(misaligned, {}) is None
+
+
+def test_a_guard_of_tensors_alone_tells_calls_apart() -> None:
+    tensors = arguments(device="cpu")
+    guard = launcher._guard(tuple(tensors), {})
+    assert guard(tuple(tensors), {}) == [tensor.data_ptr() for tensor in tensors]
+    for unlike in (None, 3, tensors[4].int(), tensors[4][:-1], tensors[4][::2], tensors[3]):
+        assert guard((*tensors[:4], unlike), {}) is None
+    assert guard((*tensors, None), {}) is None
+    assert guard((*tensors, tensors[0].clone()), {}) is None
+    assert guard(tuple(tensors[:4]), {}) is None
+    assert guard(tuple(tensors), {"wrap": False}) is None
+
+
+def test_equal_arguments_of_other_types_have_signatures_of_their_own() -> None:
+    one = (1, 1.0, True)
+    assert len({launcher._signature((x,), {}) for x in one}) == 3
+    assert len({launcher._signature((), {"wrap": x}) for x in one}) == 3
+
+
+def test_calls_that_autograd_would_record_are_told_apart() -> None:
+    plain, required = arguments(device="cpu"), arguments(device="cpu")
+    required[0].requires_grad_()
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            assert launcher._guard(tuple(plain), {})(tuple(plain), {})
+            assert not launcher._guard(tuple(plain), {})(tuple(required), {})
+    with torch.no_grad():
+        guard = launcher._guard(tuple(required), {})
+        assert guard(tuple(required), {})
+        signature = launcher._signature(required, {})
+        assert signature == launcher._signature(plain, {})
+    assert not guard(tuple(required), {})
+    assert signature != launcher._signature(required, {})
+    assert signature == launcher._signature(plain, {})
+
+
+def test_a_call_that_autograd_would_record_is_checked_again(starts: list[tuple]) -> None:
+    def check(*args, **kwargs) -> None:
+        if torch.is_grad_enabled() and args[0].requires_grad:
+            raise NotImplementedError
+
+    write = Launcher(reshape_and_cache.prepare, check)
+    args = arguments(device="cpu")
+    args[0].requires_grad_()
+    for _ in range(2):
+        with torch.no_grad():
+            for _ in range(3):
+                write(*args)
+        with pytest.raises(NotImplementedError):
+            write(*args)
+    assert len(starts) == 5
+    assert len(write._bound) == 1
+
+
+def test_a_known_launch_takes_the_stream_and_the_pointers_of_each_call(
+    write: Launcher, starts: list[tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stream in (7, 7, 8):
+        args = arguments(device="cpu")
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _, stream=stream: stream)
+        write(*args)
+    launch = reshape_and_cache.prepare(*args)
+    pointers = [arg.data_ptr() for arg in args]
+    rest = (None, None, *launch.scalars, *launch.constexprs)
+    assert starts[-1] == (*launch.grid, 8, *pointers, *rest)
+    assert [start[3] for start in starts] == [7, 8]  # the first call went through Triton
+
+
+def test_hooks_of_any_kind_are_seen_as_long_as_they_are_there(
+    starts: list[tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = []
+
+    def prepare(*args, **kwargs) -> launcher.Launch:
+        prepared.append(args)
+        return reshape_and_cache.prepare(*args, **kwargs)
+
+    def hook(*args, **kwargs) -> None:
+        """Be there."""
+
+    write = Launcher(prepare, accept)
+    args = arguments(device="cpu")
+    write(*args)
+    runtime, kernel = triton.knobs.runtime, reshape_and_cache._reshape_and_cache
+    for where, name, hooks in (
+        (runtime.launch_enter_hook, "calls", [hook]),
+        (runtime.launch_exit_hook, "calls", [hook]),
+        (runtime, "launch_enter_hook", hook),
+        (runtime, "launch_exit_hook", hook),
+        (kernel, "pre_run_hooks", [hook]),
+    ):
+        prepared.clear(), starts.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, hooks, raising=False)
+            for _ in range(2):
+                write(*args)
+            assert (len(prepared), len(starts)) == (2, 0), name
+        write(*args)
+        assert (len(prepared), len(starts)) == (2, 1), name
+
+
+def test_launches_that_alternate_are_recognised_again_in_another_mode(
+    write: Launcher, starts: list[tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [arguments(tokens=tokens, device="cpu") for tokens in (4, 5)]
+    for _ in range(3):
+        for args in calls:
+            write(*args)
+    described = []
+    signature = launcher._signature
+
+    def record(*call) -> object:
+        described.append(call)
+        return signature(*call)
+
+    monkeypatch.setattr(launcher, "_signature", record)
+    with torch.inference_mode():
+        for _ in range(4):
+            for args in calls:
+                write(*args)
+    assert len(described) == 2
 
 
 def test_an_unknown_triton_keeps_its_own_launch_and_says_so_once(

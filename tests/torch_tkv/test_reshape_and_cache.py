@@ -139,6 +139,18 @@ def test_autograd_is_refused_with_the_way_out() -> None:
         torch_tkv.reshape_and_cache(**kwargs)
 
 
+@pytest.mark.gpu
+def test_autograd_is_refused_on_a_gpu_after_calls_that_it_does_not_record() -> None:
+    kwargs = {name: tensor.cuda() for name, tensor in arguments().items()}
+    kwargs["key"].requires_grad_()
+    for _ in range(2):
+        with torch.no_grad():
+            for _ in range(3):
+                torch_tkv.reshape_and_cache(**kwargs)
+        with pytest.raises(NotImplementedError, match="there is no backward"):
+            torch_tkv.reshape_and_cache(**kwargs)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_accepts_contiguous_sliced_and_permuted_inputs(layout: str) -> None:
     key_cache, value_cache = make_caches(layout, 5, 4, 3, 8)

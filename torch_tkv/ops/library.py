@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from torch_tkv import reference
+from torch_tkv.kernels.launcher import Launcher
 from torch_tkv.ops.checks import refuse_autograd
 
 # A Library deregisters its operators when it is collected: this reference keeps them alive.
@@ -46,27 +47,22 @@ def define(
     stem = schema.partition("(")[0]
     run_reference = getattr(reference, stem)
 
-    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+    def check_all(*args: Any, **kwargs: Any) -> None:
         refuse_autograd(stem, args)
         check(*args, **kwargs)
+
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        # Imported by the first call, because importing torch_tkv loads no Triton.
+        kernels = importlib.import_module(f"torch_tkv.kernels.{stem}")
+        return kernels.prepare(*args, **kwargs)
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        check_all(*args, **kwargs)
         check_indices(*args, **kwargs)
         return run_reference(*args, **kwargs)
 
-    @functools.cache
-    def launcher() -> Callable[..., Any]:
-        # Imported by the first call, because importing torch_tkv loads no Triton.
-        from torch_tkv.kernels.launcher import Launcher
-
-        return Launcher(importlib.import_module(f"torch_tkv.kernels.{stem}").prepare, check)
-
-    def on_cuda(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            refuse_autograd(stem, args)
-        return launcher()(*args, **kwargs)
-
     def on_fake(*args: Any, **kwargs: Any) -> Any:
-        refuse_autograd(stem, args)
-        check(*args, **kwargs)
+        check_all(*args, **kwargs)
         mutated = [args[i].untyped_storage()._cdata for i in mutable]
         if len(set(mutated)) < len(mutated) and not _has_passes():
             _warn_of_shared_storage(stem)
@@ -77,7 +73,9 @@ def define(
     arguments = getattr(torch.ops.tkv, stem).default._schema.arguments
     mutable = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
     _LIBRARY.impl(stem, on_cpu, "CPU")
-    _LIBRARY.impl(stem, on_cuda, "CUDA")
+    launcher = Launcher(prepare, check_all)
+    # The method and not the object, whose call Python looks up each time.
+    _LIBRARY.impl(stem, launcher.__call__, "CUDA")
     torch.library.register_fake(f"tkv::{stem}", on_fake, lib=_LIBRARY)
 
 
