@@ -145,6 +145,12 @@ def sequence(b, batch, num_seqs, num_tokens, max_keys):
 
 
 @triton.jit
+def add2(a, b, c, d):
+    """Add pairs, for a reduction."""
+    return a + c, b + d
+
+
+@triton.jit
 def tiles_of(keys, plan: tl.constexpr):
     """Return how many tiles hold that many keys."""
     return (keys + plan.block_n - 1) // plan.block_n
@@ -181,9 +187,9 @@ def sequence_of(tile, lanes, batch, num_seqs, num_tokens, max_keys, plan: tl.con
         number, start = number + picked[0], start + picked[1]
         count, length = count + picked[2], length + picked[3]
     # Starts that do not ascend may have picked several.
-    start = tl.minimum(start, num_tokens)
-    seq = Sequence(start, tl.minimum(count, num_tokens - start), tl.minimum(length, max_keys))
-    return tl.minimum(number, num_seqs), seq
+    number, start = tl.minimum(number, num_seqs), tl.minimum(start, num_tokens)
+    length = tl.where(number < num_seqs, tl.minimum(length, max_keys), 0)
+    return number, Sequence(start, tl.minimum(count, num_tokens - start), length)
 
 
 @triton.jit

@@ -359,6 +359,29 @@ def finish(acc, highest, total, sink):
 
 
 @triton.jit
+def finish_rows(result, acc, highest, total, head, inside, kv_head, SATURATES: tl.constexpr):
+    """Return rows of the result, and the log2 of their sums of weights."""
+    sink = None
+    if result.sinks is not None:
+        sink = tl.load(result.sinks + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    mean, lse = finish(acc, highest, total, sink)
+    mean *= scale_of_head(result.value_cache, kv_head)
+    dtype: tl.constexpr = result.out.dtype.element_ty
+    return to_cache(mean, result.output_scale, None, head, inside, dtype, SATURATES), lse
+
+
+@triton.jit
+def store_rows(result, x, lse, token, head, dim, inside, plan: tl.constexpr):
+    """Store what `finish_rows` returned; all tiles are of one shape, or broadcast to it."""
+    row = token.to(tl.int64) * result.num_heads + head
+    inside = inside & (dim < plan.value_size)
+    tl.store(result.out + row * plan.value_size + dim, x, mask=inside)
+    if result.lse_out is not None:
+        # Each row is stored by its first column.
+        tl.store(result.lse_out + row + 0 * dim, lse * LN2, mask=inside & (dim == 0))
+
+
+@triton.jit
 def store_result(
     result,
     acc,
@@ -373,16 +396,5 @@ def store_result(
     plan: tl.constexpr,
 ):
     """Finish and store rows of the result; all tiles are of one shape, or broadcast to it."""
-    sink = None
-    if result.sinks is not None:
-        sink = tl.load(result.sinks + head, mask=inside, other=0.0).to(tl.float32) * LOG2E
-    mean, lse = finish(acc, highest, total, sink)
-    mean *= scale_of_head(result.value_cache, kv_head)
-    row = token.to(tl.int64) * result.num_heads + head
-    inside = inside & (dim < plan.value_size)
-    dtype: tl.constexpr = result.out.dtype.element_ty
-    x = to_cache(mean, result.output_scale, None, head, inside, dtype, SATURATES)
-    tl.store(result.out + row * plan.value_size + dim, x, mask=inside)
-    if result.lse_out is not None:
-        # Each row is stored by its first column.
-        tl.store(result.lse_out + row + 0 * dim, lse * LN2, mask=inside & (dim == 0))
+    x, lse = finish_rows(result, acc, highest, total, head, inside, kv_head, SATURATES)
+    store_rows(result, x, lse, token, head, dim, inside, plan)

@@ -26,6 +26,7 @@ from torch_tkv.kernels.cache_tiles import SATURATES_AT
 from torch_tkv.kernels.device import Device, device_of
 from torch_tkv.kernels.launcher import Launch
 from torch_tkv.kernels.paged_decode import paged_decode, paged_merge
+from torch_tkv.kernels.tile_list import FIELDS, list_tiles
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -147,6 +148,7 @@ def plan_prefill(
         block_b=min(triton.next_power_of_2(seqs + 1), 1024),
         max_queries=MAX_DECODED if decode else None,
         pairs=None,
+        pdl=hopper,
     )
     return Config(plan, 8 if large and not hopper else 4, 3 if large else 2)
 
@@ -262,15 +264,36 @@ class _Attention(NamedTuple):
         config = plan_prefill(base, device, **self.sizes, bits=bits, hopper=hopper is not None)
         plan, num_warps, num_stages = config
         tiles = self.query.shape[0] // plan.block_q + self.batch.block_table.shape[0] + 1
-        caches = (self.keys.data, self.values.data)
-        boxes = () if hopper is None else [hopper.boxes_of(cache, plan) for cache in caches]
-        return Launch(
-            _prefill if hopper is None else hopper.hopper_prefill,
-            (self.keys.data.shape[2], tiles),
-            (self.out, self.lse, *boxes, *self.tensors),
-            self.limits,
+        kv_heads = self.keys.data.shape[2]
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        if hopper is None:
+            return Launch(
+                _prefill,
+                (kv_heads, tiles),
+                (self.out, self.lse, *self.tensors),
+                self.limits,
+                (self.saturates, plan),
+                options,
+            )
+        listed = self.query.new_empty((tiles + 1) * FIELDS.value, dtype=torch.int32)
+        boxes = [hopper.boxes_of(cache, plan) for cache in (self.keys.data, self.values.data)]
+        attend = Launch(
+            hopper.hopper_prefill,
+            (min(device.processors, tiles * kv_heads),),
+            (self.out, self.lse, listed, *boxes, *self.tensors),
+            (*self.limits, kv_heads, tiles),
             (self.saturates, plan),
-            {"num_warps": num_warps, "num_stages": num_stages},
+            options | {"launch_pdl": True},
+        )
+        seqs, tokens, _, max_blocks = self.limits
+        return Launch(
+            list_tiles,
+            (tiles,),
+            (listed, self.batch),
+            (seqs, tokens, max_blocks),
+            (plan,),
+            {"num_warps": 4},
+            then=attend,
         )
 
     def _hopper(self, base: Plan, device: Device) -> ModuleType | None:

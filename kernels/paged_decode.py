@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from torch_tkv.kernels.attention_geometry import SIZES, Sequence, sequence, tiles_of
+from torch_tkv.kernels.attention_geometry import SIZES, Sequence, add2, sequence, tiles_of
 from torch_tkv.kernels.attention_tiles import Inputs, Result, attend_tile, finish, store_result
 
 # Note [Work of the decoding workers]
@@ -68,7 +68,7 @@ def _list_work(batch, num_seqs, num_tokens, max_keys, plan: tl.constexpr):
     units = tl.where(seqs.length > 0, (seqs.count + plan.block_q - 1) // plan.block_q, 0)
     if plan.max_queries is not None:
         units = tl.where(seqs.count <= plan.max_queries, units, 0)
-    num_units, num_tiles = tl.reduce((units, units * (hi - lo)), 0, _add2)
+    num_units, num_tiles = tl.reduce((units, units * (hi - lo)), 0, add2)
     charge = tl.where(num_tiles > 4 * plan.workers, 2, 0)
     tiles = units * (hi - lo + charge)
     total = num_tiles + num_units * charge
@@ -92,11 +92,6 @@ def _worker_of(tile, work):
     longer = more * (each + 1)  # tiles in the runs of one more
     late = more + (tile - longer) // tl.maximum(each, 1)
     return tl.where(tile < longer, tile // (each + 1), late)
-
-
-@triton.jit
-def _add2(a, b, c, d):
-    return a + c, b + d
 
 
 @triton.jit

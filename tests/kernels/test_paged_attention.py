@@ -59,6 +59,10 @@ if HAS_GPU:
 FEW = ([5, 33, 20, 0, 70, 9, 2], [1, 4, 0, 0, 12, 1, 3])
 MIXED = ([5, 33, 0, 70, 2], [1, 4, 0, 75, 3])
 PROMPT = ([50], [40])
+# Other forms of the kernels than the default's: of Hopper, say.
+SHAPES: list[dict[str, Any]] = [{}]
+if HAS_GPU:
+    SHAPES += [{"heads": (32, 8), "head_size": 128, "dtype": torch.bfloat16}]
 
 
 def launch(*args: Any, **kwargs: Any) -> Any:
@@ -308,10 +312,13 @@ def guarded(batch: Batch) -> Batch:
     return batch._replace(key_cache=caches[0], value_cache=caches[1])
 
 
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("garbage", [-1, 2**31 - 1, 2**62, -(2**63), None])
-def test_a_block_outside_the_cache_reads_as_zeros(device: str, garbage: int | None) -> None:
+def test_a_block_outside_the_cache_reads_as_zeros(
+    device: str, garbage: int | None, shape: dict[str, Any]
+) -> None:
     """None is the first block behind the cache."""
-    batch = guarded(make_batch(*MIXED, block_size=8, index_dtype=torch.int64).to(device))
+    batch = guarded(make_batch(*MIXED, block_size=8, index_dtype=torch.int64, **shape).to(device))
     n = batch.key_cache.shape[0]
     wild = torch.full_like(batch.block_table, n if garbage is None else garbage)
     spoilt = torch.rand(wild.shape, device=device) < 0.5
@@ -323,11 +330,26 @@ def test_a_block_outside_the_cache_reads_as_zeros(device: str, garbage: int | No
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_starts_that_descend_read_no_row_behind_the_block_table(
+    device: str, shape: dict[str, Any]
+) -> None:
+    batch = make_batch([200, 8], [200, 0], block_size=8, **shape).to(device)
+    caches = [torch.cat((c.nan_to_num(), torch.full_like(c[:1], 1e4))) for c in batch[1:3]]
+    table = torch.cat(
+        (batch.block_table, torch.full_like(batch.block_table[:1], len(caches[0]) - 1))
+    )
+    starts = torch.tensor([0, 200, 0], dtype=torch.int32, device=device)
+    out = launch(batch.query, *caches, table[:2], batch.seq_lens, starts, 0.2)
+    assert not (out.abs() > 100).any()  # rows that no sequence has alone stay as they were
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("garbage", [-1, 2**31 - 1, 2**62, -(2**63)] if HAS_GPU else [-1])
 def test_garbage_lengths_and_starts_read_nothing_outside_the_caches(
-    device: str, garbage: int
+    device: str, garbage: int, shape: dict[str, Any]
 ) -> None:
-    batch = guarded(make_batch(*MIXED, block_size=8, index_dtype=torch.int64).to(device))
+    batch = guarded(make_batch(*MIXED, block_size=8, index_dtype=torch.int64, **shape).to(device))
     n = batch.key_cache.shape[0]
     batch = batch._replace(block_table=batch.block_table.clamp(0, n - 1))
     wild = torch.full_like(batch.seq_lens, garbage)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+import triton
+
+from torch_tkv.kernels.attention_geometry import Batch, Plan
+from torch_tkv.kernels.tile_list import FIELDS, SPAN, list_tiles
+
+BLOCK_N = 128
+
+
+def expected_list(
+    starts: list[int], seq_lens: list[int], tokens: int, plan: Plan
+) -> list[tuple[int, ...]]:
+    """Return sequence, start, count, length and first token of all tiles, those of most keys first.
+
+    The padded rows behind the last sequence are one more, of no keys.
+    """
+    tiles = []
+    for b, length in enumerate([*seq_lens, 0]):
+        count = [*starts, tokens][b + 1] - starts[b]
+        if plan.max_queries is not None and (count <= plan.max_queries or length == 0):
+            continue
+        for first in range(0, count, plan.block_q):
+            keys = min(length, length - count + first + plan.block_q) if plan.causal else length
+            spans = -(-max(keys, 0) // (SPAN.value * BLOCK_N))
+            tiles.append((-spans, b, -first, starts[b], count, length))
+    return [(b, start, n, length, -first) for _, b, first, start, n, length in sorted(tiles)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_tile_is_listed_once_those_of_most_keys_first(device: str, seed: int) -> None:
+    rng = random.Random(seed)
+    seqs = rng.choice([1, 2, 5, 17, 40])
+    counts = [rng.choice([0, 1, 5, 16, 17, 32, 33, 100, 300]) for _ in range(seqs)]
+    lengths = [n + rng.choice([0, 0, 1, 100, 1000]) if rng.random() < 0.9 else 0 for n in counts]
+    starts = [0, *itertools.accumulate(counts)]
+    tokens = starts[-1] + rng.choice([0, 70])
+    plan = Plan(
+        page=16,
+        group=4,
+        size=128,
+        value_size=128,
+        key_strides=(),
+        value_strides=(),
+        causal=rng.random() < 0.8,
+        window=None,
+        softcap=None,
+        block_d=128,
+        block_dv=128,
+        block_q=rng.choice([18, 32]),
+        block_n=BLOCK_N,
+        block_b=min(triton.next_power_of_2(seqs + 1), 16),
+        max_queries=rng.choice([None, 16]),
+    )
+    indices = [torch.tensor(x, dtype=torch.int32, device=device) for x in (lengths, starts)]
+    table = torch.zeros(seqs, 100, dtype=torch.int32, device=device)
+    batch = Batch(table, table.stride(0), 1, indices[0], 1, indices[1], 1)
+    room = tokens // plan.block_q + seqs + 1
+    tiles = torch.full((room + 1, FIELDS.value), -7, dtype=torch.int32, device=device)
+    list_tiles[(room,)](tiles, batch, seqs, tokens, table.shape[1], plan)
+    listed = [tuple(entry[:5]) for entry in tiles[: int(tiles[room, 0])].tolist()]
+    assert listed == expected_list(starts, lengths, tokens, plan)
