@@ -420,7 +420,7 @@ def draw(rows: list[Row], path: Path) -> None:
     axis.set(xlabel="batch x context (room in the cache)", ylim=(0, 1))
     axis.set_ylabel("of the speed of reading weights and keys")
     axis.set_title(f"decode step, {rows[0].model}, {rows[0].gpu}")
-    axis.legend()
+    axis.legend(loc="upper center", ncols=len(names), fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from torch_tkv.kernels.attention_geometry import Batch, Plan
-from torch_tkv.kernels.tile_list import FIELDS, SPAN, list_tiles
+from torch_tkv.kernels.tile_list import FIELDS, list_tiles
 
 BLOCK_N = 128
 
@@ -27,8 +27,8 @@ def expected_list(
             continue
         for first in range(0, count, plan.block_q):
             keys = min(length, length - count + first + plan.block_q) if plan.causal else length
-            spans = -(-max(keys, 0) // (SPAN.value * BLOCK_N))
-            tiles.append((-spans, b, -first, starts[b], count, length))
+            tiles_of_keys = -(-max(keys, 0) // BLOCK_N)
+            tiles.append((-tiles_of_keys, b, -first, starts[b], count, length))
     return [(b, start, n, length, -first) for _, b, first, start, n, length in sorted(tiles)]
 
 
