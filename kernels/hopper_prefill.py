@@ -107,7 +107,23 @@ class Tile(NamedTuple):
 
 
 @gluon.jit
-def _item_of(turn, work):
+def _uniform(x):
+    """Return a number that all threads of a warp share so that the compiler knows.
+
+    What it does not know to be shared, it keeps in every thread: addresses of the ring made of it
+    have to be moved to where the tensor cores want them, product by product.
+    """
+    shuffle: gl.constexpr = "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;"
+    return gl.inline_asm_elementwise(shuffle, "=r,r", [x], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _between(x, highest):
+    return _uniform(gl.minimum(gl.maximum(x, 0), highest))
+
+
+@gluon.jit
+def _item_of(turn):
     """Return the place in the list of what this program takes at a turn."""
     program, programs = gl.program_id(0), gl.num_programs(0)
     return turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
@@ -119,7 +135,7 @@ def _num_turns(work):
     items = gl.load(work.tiles + work.num_tiles * FIELDS)
     items = _uniform(gl.minimum(gl.maximum(items, 0), work.num_tiles)) * work.kv_heads
     turns = items // gl.num_programs(0)
-    return turns + (_item_of(turns, work) < items).to(gl.int32)
+    return turns + (_item_of(turns) < items).to(gl.int32)
 
 
 @gluon.jit
@@ -128,7 +144,7 @@ def _load_entry(turn, work):
 
     It is loaded a turn ahead, and `_known` when it is needed.
     """
-    item = gl.minimum(_item_of(turn, work), work.num_tiles * work.kv_heads - 1)
+    item = gl.minimum(_item_of(turn), work.num_tiles * work.kv_heads - 1)
     row = work.tiles + item // work.kv_heads * FIELDS
     number, start, count = gl.load(row), gl.load(row + 1), gl.load(row + 2)
     length, first = gl.load(row + 3), gl.load(row + 4)
@@ -158,11 +174,6 @@ def _tile_of(entry, work, plan: gl.constexpr):
 
 
 @gluon.jit
-def _between(x, highest):
-    return _uniform(gl.minimum(gl.maximum(x, 0), highest))
-
-
-@gluon.jit
 def _matrices(memory, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """Return shared memory as matrices that follow each other."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -170,17 +181,6 @@ def _matrices(memory, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.const
         return memory.reinterpret(memory.dtype, [COUNT, ROWS, COLUMNS], LAYOUT)
     else:
         return memory._reinterpret(memory.dtype, [COUNT, ROWS, COLUMNS], LAYOUT)
-
-
-@gluon.jit
-def _uniform(x):
-    """Return a number that all threads of a warp share so that the compiler knows.
-
-    What it does not know to be shared, it keeps in every thread: addresses of the ring made of it
-    have to be moved to where the tensor cores want them, product by product.
-    """
-    shuffle: gl.constexpr = "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;"
-    return gl.inline_asm_elementwise(shuffle, "=r,r", [x], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
