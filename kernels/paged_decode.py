@@ -243,7 +243,8 @@ def paged_merge(
     m = tl.program_id(0) // kv_heads * ROWS + tl.arange(0, ROWS)[:, None]
     dim = tl.arange(0, plan.block_dv)[None, :]
     token = unit.first + m // plan.group
-    inside = shared & (m < TILE_ROWS) & (token < unit.seq.count)
+    # A tile of it, because Triton 3.9's interpreter takes no scalars in masks.
+    inside = (tl.zeros_like(m) + shared != 0) & (m < TILE_ROWS) & (token < unit.seq.count)
     highest = tl.full([ROWS, 1], float("-inf"), tl.float32)
     total = tl.full([ROWS, 1], 0.0, tl.float32)
     acc = tl.full([ROWS, plan.block_dv], 0.0, tl.float32)
