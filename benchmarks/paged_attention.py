@@ -473,7 +473,7 @@ def main() -> None:
                 speeds = f"{row.us:9.2f} {row.tb_per_s:6.2f} {row.tflop_per_s:8.1f}"
                 line = f"{case.label:48} {row.variant:14} {speeds} {row.of_ceiling:10.0%}"
                 progress.write(line, file=sys.stdout)
-            if options.csv:
+            if options.csv and rows:
                 harness.write_csv(rows, options.csv)
             torch.compiler.reset()
             torch.cuda.empty_cache()

@@ -15,7 +15,7 @@ FIELDS = tl.constexpr(8)  # of an entry: sequence, its start, count and length, 
 # tiles of keys first: each of its programs finds the place of one tile of queries by counting,
 # sequence by sequence, how many see more. They are dealt out in this order, every other turn from
 # the last program to the first, so all programs take about as long. (Sequence after sequence
-# would leave some a quarter more to do than others. An order of three tiles of keys at a time, for
+# would leave some programs a quarter more to do than others, counting tiles of keys. An order of three tiles of keys at a time, for
 # the L2 cache's sake, cost 16 prompts of 1024 tokens a fifth and gained nothing: H200, Triton 3.6,
 # 2026-11-21.)
 

@@ -68,6 +68,20 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     return starts
 
 
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The calls that are described because no guard recognised them."""
+    calls: list[tuple] = []
+    signature = launcher._signature
+
+    def record(*call) -> object:
+        calls.append(call)
+        return signature(*call)
+
+    monkeypatch.setattr(launcher, "_signature", record)
+    return calls
+
+
 @pytest.mark.gpu
 def test_a_signature_goes_through_triton_once(write: Launcher, triton_launches: list[str]) -> None:
     assert_writes(write)
@@ -204,16 +218,8 @@ def test_models_that_alternate_and_inference_mode_keep_their_own_launches(
 
 @pytest.mark.gpu
 def test_launches_that_alternate_are_found_without_describing_the_call(
-    write: Launcher, monkeypatch: pytest.MonkeyPatch
+    write: Launcher, described: list[tuple]
 ) -> None:
-    described = []
-    signature = launcher._signature
-
-    def record(*call) -> object:
-        described.append(call)
-        return signature(*call)
-
-    monkeypatch.setattr(launcher, "_signature", record)
     for turn in range(4):
         for tokens in range(1, 9):
             assert_writes(write, times=1, tokens=tokens)
@@ -357,20 +363,13 @@ def test_hooks_of_any_kind_are_seen_as_long_as_they_are_there(
 
 
 def test_launches_that_alternate_are_recognised_again_in_another_mode(
-    write: Launcher, starts: list[tuple], monkeypatch: pytest.MonkeyPatch
+    write: Launcher, starts: list[tuple], described: list[tuple]
 ) -> None:
     calls = [arguments(tokens=tokens, device="cpu") for tokens in (4, 5)]
     for _ in range(3):
         for args in calls:
             write(*args)
-    described = []
-    signature = launcher._signature
-
-    def record(*call) -> object:
-        described.append(call)
-        return signature(*call)
-
-    monkeypatch.setattr(launcher, "_signature", record)
+    described.clear()
     with torch.inference_mode():
         for _ in range(4):
             for args in calls:
