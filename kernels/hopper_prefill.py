@@ -1,15 +1,13 @@
 """Prefilling on Hopper: softmax(scale * q k^T + mask) v for tiles of queries, warp-specialised.
 
 A program takes tiles of 128 rows of queries, 64 to each of two consumers of four warps. One more
-warp, the producer, has the tensor memory accelerator (TMA) fetch the blocks of keys and of values
-into a ring of shared memory, those of the next tile while the consumers end one. While one consumer
-multiplies, the other takes its softmax: they take turns (FlashAttention-3; Shah et al., 2024).
-Written in Gluon: Triton does not specialise these loops on sm_90.
+warp, the producer, fetches the blocks of keys and of values into a ring of shared memory, those of
+the next tile while the consumers end one. While one consumer multiplies, the other takes its
+softmax: they take turns (FlashAttention-3; Shah et al., 2024). Written in Gluon: Triton does not
+specialise these loops on sm_90.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import triton.experimental.gluon.language as gl
 import triton.language as tl
@@ -18,21 +16,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from torch_tkv.kernels.attention_geometry import (
-    SIZES,
-    Blocks,
-    Plan,
-    Sequence,
-    query_rows,
-    visible,
-    walk_of,
-)
+from torch_tkv.kernels.attention_geometry import SIZES, Plan, query_rows, visible
 from torch_tkv.kernels.attention_tiles import (
     LOG2E,
     Modifiers,
@@ -42,190 +31,23 @@ from torch_tkv.kernels.attention_tiles import (
     softmax_step,
     store_rows,
 )
-from torch_tkv.kernels.tile_list import FIELDS
+from torch_tkv.kernels.hopper_ring import (
+    HALF,
+    STAGES,
+    Ring,
+    barrier,
+    barriers,
+    clear_unread,
+    matrices,
+    produce,
+)
+from torch_tkv.kernels.tile_list import Work, known, load_entry, num_turns, tile_of
 
-STAGES = gl.constexpr(2)
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # of a consumer
-HALF = gl.constexpr(64)  # columns of 16 bits: what one box of the TMA may be wide
-# The registers of a thread; the kernel is started with as many for all.
+# Registers of a thread. All start with 168; the producer leaves most of its own to the consumers.
 CONSUMER_REGISTERS = gl.constexpr(232)
 PRODUCER_REGISTERS = gl.constexpr(40)
-
-
-# Names that Gluon changed: in Triton 3.7 and in 3.9.
-barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
-load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-
-class Ring(NamedTuple):
-    """Stages of shared memory that the producer fills and the consumers empty."""
-
-    k: Any  # [STAGES, block_n, D]
-    v: Any
-    k_boxes: Any  # the same memory, box by box
-    v_boxes: Any
-    k_full: Any  # barriers, [STAGES]
-    k_free: Any
-    v_full: Any
-    v_free: Any
-
-
-class Work(NamedTuple):
-    """The list of tiles of queries, and what its tiles are part of; see Note [Turns]."""
-
-    tiles: Any  # [tiles + 1, FIELDS]
-    num_tiles: Any  # that the list has room for
-    batch: Any
-    num_seqs: Any
-    num_tokens: Any
-    num_blocks: Any
-    max_keys: Any
-    kv_heads: Any
-
-
-class Entry(NamedTuple):
-    """An entry of the list: a sequence and the first token of a tile of it; and a KV head."""
-
-    number: Any
-    start: Any
-    count: Any
-    length: Any
-    first: Any
-    kv_head: Any
-
-
-class Tile(NamedTuple):
-    """A tile of queries of one KV head."""
-
-    seq: Any
-    first: Any  # of its tokens, in the sequence
-    kv_head: Any
-    blocks: Any
-    walk: Any
-
-
-@gluon.jit
-def _uniform(x):
-    """Return a number that all threads of a warp share so that the compiler knows.
-
-    What it does not know to be shared, it keeps in every thread: addresses of the ring made of it
-    have to be moved to where the tensor cores want them, product by product.
-    """
-    shuffle: gl.constexpr = "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;"
-    return gl.inline_asm_elementwise(shuffle, "=r,r", [x], gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _between(x, highest):
-    return _uniform(gl.minimum(gl.maximum(x, 0), highest))
-
-
-@gluon.jit
-def _item_of(turn):
-    """Return the place in the list of what this program takes at a turn."""
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    return turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
-
-
-@gluon.jit
-def _num_turns(work):
-    """Return how many tiles this program takes."""
-    items = gl.load(work.tiles + work.num_tiles * FIELDS)
-    items = _uniform(gl.minimum(gl.maximum(items, 0), work.num_tiles)) * work.kv_heads
-    turns = items // gl.num_programs(0)
-    return turns + (_item_of(turns) < items).to(gl.int32)
-
-
-@gluon.jit
-def _load_entry(turn, work):
-    """Return the entry of the list that this program takes at a turn, the last one behind its end.
-
-    It is loaded a turn ahead, and `_known` when it is needed.
-    """
-    item = gl.minimum(_item_of(turn), work.num_tiles * work.kv_heads - 1)
-    row = work.tiles + item // work.kv_heads * FIELDS
-    number, start, count = gl.load(row), gl.load(row + 1), gl.load(row + 2)
-    length, first = gl.load(row + 3), gl.load(row + 4)
-    return Entry(number, start, count, length, first, item % work.kv_heads)
-
-
-@gluon.jit
-def _known(entry, work):
-    """Return an entry as what was listed, if the indices are what they should be; uniform."""
-    number = _between(entry.number, work.num_seqs)
-    start = _between(entry.start, work.num_tokens)
-    count = _between(entry.count, work.num_tokens - start)
-    length = _between(entry.length, gl.where(number < work.num_seqs, work.max_keys, 0))
-    first = _between(entry.first, count)
-    return Entry(number, start, count, length, first, entry.kv_head)
-
-
-@gluon.jit
-def _tile_of(entry, work, plan: gl.constexpr):
-    """Return the tile of an entry of the list."""
-    seq = Sequence(entry.start, entry.count, entry.length)
-    walk = walk_of(seq, entry.first, plan)
-    batch = work.batch
-    table = batch.block_table + entry.number.to(gl.int64) * batch.table_stride_b
-    blocks = Blocks(table, batch.table_stride_n, work.num_blocks, walk.begin, walk.end)
-    return Tile(seq, entry.first, entry.kv_head, blocks, walk)
-
-
-@gluon.jit
-def _matrices(memory, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Return shared memory as matrices that follow each other."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    if _REINTERPRETS:
-        return memory.reinterpret(memory.dtype, [COUNT, ROWS, COLUMNS], LAYOUT)
-    else:
-        return memory._reinterpret(memory.dtype, [COUNT, ROWS, COLUMNS], LAYOUT)
-
-
-@gluon.jit
-def _produce(ring, key_boxes, value_boxes, work, plan: gl.constexpr):
-    """Fetch the keys and values of all tiles; what is no block of the cache arrives as zeros."""
-    SLOTS: gl.constexpr = min(plan.page, plan.block_n)
-    BOXES: gl.constexpr = plan.block_n // SLOTS
-    step = 0
-    for turn in range(_num_turns(work)):
-        queries = _tile_of(_known(_load_entry(turn, work), work), work, plan)
-        blocks, walk = queries.blocks, queries.walk
-        for tile in range(walk.lo, walk.hi):
-            numbers = ()
-            for box in gl.static_range(BOXES):
-                position = tile * plan.block_n + box * SLOTS
-                entry = blocks.row + (position // plan.page).to(gl.int64) * blocks.stride
-                read = (position < blocks.end) & (position + SLOTS > blocks.begin)
-                number = gl.load(entry, mask=read, other=-1)
-                exists = (number >= 0) & (number < blocks.num_blocks)
-                number = gl.where(exists, number, blocks.num_blocks).to(gl.int32)
-                numbers = numbers + (number,)  # type: ignore[assignment]  # noqa: RUF005, no stars
-            where = (numbers, tile, step, queries.kv_head)
-            _fetch(key_boxes, ring.k_boxes, ring.k_free, ring.k_full, *where, plan)
-            _fetch(value_boxes, ring.v_boxes, ring.v_free, ring.v_full, *where, plan)
-            step += 1
-
-
-@gluon.jit
-def _fetch(boxes, memory, free, full, numbers, tile, step, kv_head, plan: gl.constexpr):
-    """Fetch the blocks of a tile of keys, or of their values, once their stage is free."""
-    SLOTS: gl.constexpr = min(plan.page, plan.block_n)
-    BOXES: gl.constexpr = plan.block_n // SLOTS
-    HALVES: gl.constexpr = plan.size // HALF
-    stage = step % STAGES
-    mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
-    mbarrier.expect(full.index(stage), plan.block_n * plan.size * 2)
-    for box in gl.static_range(BOXES):
-        offset = (tile * plan.block_n + box * SLOTS) % plan.page
-        for half in gl.static_range(HALVES):
-            load_box(
-                boxes,
-                [numbers[box], kv_head, offset, half * HALF],
-                full.index(stage),
-                memory.index((stage * HALVES + half) * BOXES + box),
-            )
 
 
 @gluon.jit
@@ -263,25 +85,6 @@ def _operand(weights, DTYPE: gl.constexpr, plan: gl.constexpr):
 
 
 @gluon.jit
-def _clear_unread(ring, step, tile, position, BEFORE: gl.constexpr, plan: gl.constexpr):
-    """Zero the values from a key position on, or BEFORE it, in its block: 0 * NaN is NaN."""
-    SLOTS: gl.constexpr = min(plan.page, plan.block_n)
-    BOXES: gl.constexpr = plan.block_n // SLOTS
-    HALVES: gl.constexpr = plan.size // HALF
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    slot = position - tile * plan.block_n
-    if (slot < plan.block_n) & (slot % SLOTS != 0):
-        row = gl.arange(0, SLOTS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
-        cleared = row < slot % SLOTS if BEFORE else row >= slot % SLOTS
-        for half in gl.static_range(HALVES):
-            box = ring.v_boxes.index(((step % STAGES) * HALVES + half) * BOXES + slot // SLOTS)
-            box = _matrices(box, 1, SLOTS, HALF).index(0)
-            box.store(gl.where(cleared, 0.0, box.load(LAYOUT)))
-        fence_async_shared()
-        barrier()
-
-
-@gluon.jit
 def _load_query(WHICH: gl.constexpr, query, tile, plan: gl.constexpr):
     """Return a consumer's rows of a tile of queries."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -308,19 +111,19 @@ def _consume(
     """Attend 64 rows of each tile of queries to all its tiles of keys."""
     q = q_memory.index(WHICH)
     done = 0
-    following = _known(_load_entry(0, work), work)
-    loaded = _load_query(WHICH, query, _tile_of(following, work, plan), plan)
-    for turn in range(_num_turns(work)):
+    following = known(load_entry(0, work), work)
+    loaded = _load_query(WHICH, query, tile_of(following, work, plan), plan)
+    for turn in range(num_turns(work)):
         # Of a tuple that nests others, Triton 3.6 carries some fields into the next turn, not all.
-        tile = _tile_of(following, work, plan)
+        tile = tile_of(following, work, plan)
         q.store(loaded)
         fence_async_shared()
         barrier()
-        ahead = _load_entry(turn + 1, work)
+        ahead = load_entry(turn + 1, work)
         acc, highest, total = _attend_tile(WHICH, ring, turns, q, scale, tile, done, plan)
         done += tile.walk.hi - tile.walk.lo
-        following = _known(ahead, work)
-        loaded = _load_query(WHICH, query, _tile_of(following, work, plan), plan)
+        following = known(ahead, work)
+        loaded = _load_query(WHICH, query, tile_of(following, work, plan), plan)
         _store(WHICH, result, acc, highest, total, tile, SATURATES, plan)
 
 
@@ -414,10 +217,10 @@ def _attend_tile(
         weights, acc, highest, total = state
         last = done + steps - 1
         mbarrier.wait(ring.v_full.index(last % STAGES), last // STAGES & 1)
-        _clear_unread(ring, last, walk.hi - 1, tile.seq.length, False, plan)
+        clear_unread(ring, last, walk.hi - 1, tile.seq.length, False, plan)
         if plan.window is not None:  # noqa: SIM102
             if steps == 1:
-                _clear_unread(ring, last, walk.lo, blocks.begin, True, plan)
+                clear_unread(ring, last, walk.lo, blocks.begin, True, plan)
         acc = warpgroup_mma(weights, ring.v.index(last % STAGES), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(ring.v_free.index(last % STAGES), count=1)
@@ -450,7 +253,7 @@ def _step(
     mbarrier.wait(ring.v_full.index(before % STAGES), before // STAGES & 1)
     if MASKED and plan.window is not None:  # noqa: SIM102, one is known to the compiler
         if step == 1:
-            _clear_unread(ring, before, lo, blocks.begin, True, plan)
+            clear_unread(ring, before, lo, blocks.begin, True, plan)
     acc = warpgroup_mma(weights, ring.v.index(before % STAGES), acc, is_async=True)
     mbarrier.arrive(turns.index(1 - WHICH), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
@@ -463,11 +266,6 @@ def _step(
     LAYOUT: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     acc = acc * gl.convert_layout(rescale, LAYOUT)[:, None]
     return _operand(new, weights.dtype, plan), acc, highest, total
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr):
-    return gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
 
 
 @gluon.jit(do_not_specialize=[*SIZES, "kv_heads", "num_tiles"])
@@ -505,16 +303,16 @@ def hopper_prefill(
     BLOCK_N: gl.constexpr = plan.block_n
     SIZE: gl.constexpr = plan.size
     ring = Ring(
-        _matrices(k_boxes, STAGES, BLOCK_N, SIZE),
-        _matrices(v_boxes, STAGES, BLOCK_N, SIZE),
+        matrices(k_boxes, STAGES, BLOCK_N, SIZE),
+        matrices(v_boxes, STAGES, BLOCK_N, SIZE),
         k_boxes,
         v_boxes,
-        _barriers(STAGES),
-        _barriers(STAGES),
-        _barriers(STAGES),
-        _barriers(STAGES),
+        barriers(STAGES),
+        barriers(STAGES),
+        barriers(STAGES),
+        barriers(STAGES),
     )
-    turns = _barriers(CONSUMERS)
+    turns = barriers(CONSUMERS)
     for i in gl.static_range(STAGES):
         mbarrier.init(ring.k_full.index(i), count=1)
         mbarrier.init(ring.k_free.index(i), count=CONSUMERS)
@@ -534,7 +332,7 @@ def hopper_prefill(
         [
             (_consume, (0, ring, turns, q_memory, rows, scale, work, result, SATURATES, plan)),
             (_consume, (1, ring, turns, q_memory, rows, scale, work, result, SATURATES, plan)),
-            (_produce, (ring, key_boxes, value_boxes, work, plan)),
+            (produce, (ring, key_boxes, value_boxes, work, plan)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

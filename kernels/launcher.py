@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 # calls launch that kernel with the arguments of the first, but for the pointers. No kernel chooses
 # a key of its own.
 #
-# Describing a call costs Python more than 4 us. So the last launch, and the one that followed it last time,
-# are asked first whether they fit: Dynamo's TensorGuards compares all tensors in C++, in 1.0 us
-# (five tensors, host of one H200, torch 2.11, 2026-11-21). They may say no when in doubt.
+# Describing a call costs Python more than 4 us. So the last launch, and the one that followed it
+# last time, are asked first whether they fit: Dynamo's TensorGuards compares all tensors in C++, in
+# 1.0 us (five tensors, host of one H200, torch 2.11, 2026-11-21). They may say no when in doubt.
 
 # TKV_DEBUG=1: an index out of range, else a dropped write or a masked read, is a device assert.
 DEBUG = os.environ.get("TKV_DEBUG", "0") == "1"

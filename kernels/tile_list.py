@@ -1,11 +1,24 @@
-"""List the tiles of queries of a ragged batch: the first of the kernels that prefill on Hopper."""
+"""The list of the tiles of queries of a ragged batch, which prefilling on Hopper works off.
+
+A kernel writes the list; the programs of the next one take their tiles from it, turn by turn.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from torch_tkv.kernels.attention_geometry import add2, sequence, sequence_of, tiles_of
+from torch_tkv.kernels.attention_geometry import (
+    Blocks,
+    Sequence,
+    add2,
+    sequence,
+    sequence_of,
+    tiles_of,
+    walk_of,
+)
 
 FIELDS = tl.constexpr(8)  # of an entry: sequence, its start, count and length, and first token
 
@@ -15,9 +28,43 @@ FIELDS = tl.constexpr(8)  # of an entry: sequence, its start, count and length, 
 # tiles of keys first: each of its programs finds the place of one tile of queries by counting,
 # sequence by sequence, how many see more. They are dealt out in this order, every other turn from
 # the last program to the first, so all programs take about as long. (Sequence after sequence
-# would leave some programs a quarter more to do than others, counting tiles of keys. An order of three tiles of keys at a time, for
-# the L2 cache's sake, cost 16 prompts of 1024 tokens a fifth and gained nothing: H200, Triton 3.6,
-# 2026-11-21.)
+# would leave some programs a quarter more to do, counting tiles of keys. An order of three tiles of
+# keys at a time, for the L2 cache's sake, cost 16 prompts of 1024 tokens a fifth and gained
+# nothing: H200, Triton 3.6, 2026-11-21.)
+
+
+class Work(NamedTuple):
+    """The list of tiles of queries, and what its tiles are part of; see Note [Turns]."""
+
+    tiles: Any  # [tiles + 1, FIELDS]
+    num_tiles: Any  # that the list has room for
+    batch: Any
+    num_seqs: Any
+    num_tokens: Any
+    num_blocks: Any
+    max_keys: Any
+    kv_heads: Any
+
+
+class Entry(NamedTuple):
+    """An entry of the list: a sequence and the first token of a tile of it; and a KV head."""
+
+    number: Any
+    start: Any
+    count: Any
+    length: Any
+    first: Any
+    kv_head: Any
+
+
+class Tile(NamedTuple):
+    """A tile of queries of one KV head."""
+
+    seq: Any
+    first: Any  # of its tokens, in the sequence
+    kv_head: Any
+    blocks: Any
+    walk: Any
 
 
 @triton.jit
@@ -75,3 +122,70 @@ def list_tiles(
         tl.store(row + 4, mine * plan.block_q)
     if tile == 0:
         tl.store(tiles + room * FIELDS, tl.minimum(total, room))
+
+
+@triton.jit
+def _uniform(x):
+    """Return a number that all threads of a warp share so that the compiler knows.
+
+    What it does not know to be shared, it keeps in every thread: addresses of the ring made of it
+    have to be moved to where the tensor cores want them, product by product.
+    """
+    shuffle: tl.constexpr = "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;"
+    return tl.inline_asm_elementwise(shuffle, "=r,r", [x], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _between(x, highest):
+    return _uniform(tl.minimum(tl.maximum(x, 0), highest))
+
+
+@triton.jit
+def _item_of(turn):
+    """Return the place in the list of what this program takes at a turn."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    return turn * programs + tl.where(turn % 2 == 0, program, programs - 1 - program)
+
+
+@triton.jit
+def num_turns(work):
+    """Return how many tiles this program takes."""
+    items = tl.load(work.tiles + work.num_tiles * FIELDS)
+    items = _uniform(tl.minimum(tl.maximum(items, 0), work.num_tiles)) * work.kv_heads
+    turns = items // tl.num_programs(0)
+    return turns + (_item_of(turns) < items).to(tl.int32)
+
+
+@triton.jit
+def load_entry(turn, work):
+    """Return the entry of the list that this program takes at a turn, the last one behind its end.
+
+    It is loaded a turn ahead, and `known` when it is needed.
+    """
+    item = tl.minimum(_item_of(turn), work.num_tiles * work.kv_heads - 1)
+    row = work.tiles + item // work.kv_heads * FIELDS
+    number, start, count = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    length, first = tl.load(row + 3), tl.load(row + 4)
+    return Entry(number, start, count, length, first, item % work.kv_heads)
+
+
+@triton.jit
+def known(entry, work):
+    """Return an entry as what was listed, if the indices are what they should be; uniform."""
+    number = _between(entry.number, work.num_seqs)
+    start = _between(entry.start, work.num_tokens)
+    count = _between(entry.count, work.num_tokens - start)
+    length = _between(entry.length, tl.where(number < work.num_seqs, work.max_keys, 0))
+    first = _between(entry.first, count)
+    return Entry(number, start, count, length, first, entry.kv_head)
+
+
+@triton.jit
+def tile_of(entry, work, plan: tl.constexpr):
+    """Return the tile of an entry of the list."""
+    seq = Sequence(entry.start, entry.count, entry.length)
+    walk = walk_of(seq, entry.first, plan)
+    batch = work.batch
+    table = batch.block_table + entry.number.to(tl.int64) * batch.table_stride_b
+    blocks = Blocks(table, batch.table_stride_n, work.num_blocks, walk.begin, walk.end)
+    return Tile(seq, entry.first, entry.kv_head, blocks, walk)

@@ -1,0 +1,115 @@
+"""The ring of shared memory of prefilling on Hopper, and the warp that fills it.
+
+The tensor memory accelerator (TMA) fetches blocks of keys and of values box by box.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from torch_tkv.kernels.tile_list import known, load_entry, num_turns, tile_of
+
+STAGES = gl.constexpr(2)
+HALF = gl.constexpr(64)  # columns of 16 bits: what one box of the TMA may be wide
+
+# Names that Gluon changed: in Triton 3.7 and in 3.9.
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+class Ring(NamedTuple):
+    """Stages of shared memory that the producer fills and the consumers empty."""
+
+    k: Any  # [STAGES, block_n, D]
+    v: Any
+    k_boxes: Any  # the same memory, box by box
+    v_boxes: Any
+    k_full: Any  # barriers, [STAGES]
+    k_free: Any
+    v_full: Any
+    v_free: Any
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr):
+    """Return barriers in shared memory, which are still to be initialised."""
+    return gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def matrices(memory, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Return shared memory as matrices that follow each other."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    if _REINTERPRETS:
+        return memory.reinterpret(memory.dtype, [COUNT, ROWS, COLUMNS], LAYOUT)
+    else:
+        return memory._reinterpret(memory.dtype, [COUNT, ROWS, COLUMNS], LAYOUT)
+
+
+@gluon.jit
+def produce(ring, key_boxes, value_boxes, work, plan: gl.constexpr):
+    """Fetch the keys and values of all tiles; what is no block of the cache arrives as zeros."""
+    SLOTS: gl.constexpr = min(plan.page, plan.block_n)
+    BOXES: gl.constexpr = plan.block_n // SLOTS
+    step = 0
+    for turn in range(num_turns(work)):
+        queries = tile_of(known(load_entry(turn, work), work), work, plan)
+        blocks, walk = queries.blocks, queries.walk
+        for tile in range(walk.lo, walk.hi):
+            numbers = ()
+            for box in gl.static_range(BOXES):
+                position = tile * plan.block_n + box * SLOTS
+                entry = blocks.row + (position // plan.page).to(gl.int64) * blocks.stride
+                read = (position < blocks.end) & (position + SLOTS > blocks.begin)
+                number = gl.load(entry, mask=read, other=-1)
+                exists = (number >= 0) & (number < blocks.num_blocks)
+                number = gl.where(exists, number, blocks.num_blocks).to(gl.int32)
+                numbers = numbers + (number,)  # type: ignore[assignment]  # noqa: RUF005, no stars
+            where = (numbers, tile, step, queries.kv_head)
+            _fetch(key_boxes, ring.k_boxes, ring.k_free, ring.k_full, *where, plan)
+            _fetch(value_boxes, ring.v_boxes, ring.v_free, ring.v_full, *where, plan)
+            step += 1
+
+
+@gluon.jit
+def _fetch(boxes, memory, free, full, numbers, tile, step, kv_head, plan: gl.constexpr):
+    """Fetch the blocks of a tile of keys, or of their values, once their stage is free."""
+    SLOTS: gl.constexpr = min(plan.page, plan.block_n)
+    BOXES: gl.constexpr = plan.block_n // SLOTS
+    HALVES: gl.constexpr = plan.size // HALF
+    stage = step % STAGES
+    mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
+    mbarrier.expect(full.index(stage), plan.block_n * plan.size * 2)
+    for box in gl.static_range(BOXES):
+        offset = (tile * plan.block_n + box * SLOTS) % plan.page
+        for half in gl.static_range(HALVES):
+            load_box(
+                boxes,
+                [numbers[box], kv_head, offset, half * HALF],
+                full.index(stage),
+                memory.index((stage * HALVES + half) * BOXES + box),
+            )
+
+
+@gluon.jit
+def clear_unread(ring, step, tile, position, BEFORE: gl.constexpr, plan: gl.constexpr):
+    """Zero the values from a key position on, or BEFORE it, in its block: 0 * NaN is NaN."""
+    SLOTS: gl.constexpr = min(plan.page, plan.block_n)
+    BOXES: gl.constexpr = plan.block_n // SLOTS
+    HALVES: gl.constexpr = plan.size // HALF
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    slot = position - tile * plan.block_n
+    if (slot < plan.block_n) & (slot % SLOTS != 0):
+        row = gl.arange(0, SLOTS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+        cleared = row < slot % SLOTS if BEFORE else row >= slot % SLOTS
+        for half in gl.static_range(HALVES):
+            box = ring.v_boxes.index(((step % STAGES) * HALVES + half) * BOXES + slot // SLOTS)
+            box = matrices(box, 1, SLOTS, HALF).index(0)
+            box.store(gl.where(cleared, 0.0, box.load(LAYOUT)))
+        fence_async_shared()
+        barrier()
