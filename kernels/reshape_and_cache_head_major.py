@@ -100,17 +100,18 @@ def _reshape_and_cache_head_major(
     if tl.program_id(2) == 0:
         k = load_rows(key, token, head, inside, key_stride_t, key_stride_h, D, BLOCK_D)
         k = to_cache(k, k_scale, K_SCALE_STRIDE, head, is_head, key_cache.dtype.element_ty, LIMIT)
-        strides = (key_cache_stride_n, STRIDE_P, key_cache_stride_h)
+        key_strides = (key_cache_stride_n, STRIDE_P, key_cache_stride_h)
         dim = tl.arange(0, BLOCK_D)[None, None, :]
-        place = key_cache + find_rows(slot, head, strides, P)
+        place = key_cache + find_rows(slot, head, key_strides, P)
         place += (dim // X).to(tl.int64) * key_cache_stride_c + dim % X
         tl.store(place, k, mask=is_head & (slot >= 0) & (dim < D))
     else:
         dtype: tl.constexpr = value_cache.dtype.element_ty
-        strides = (value_cache_stride_n, STRIDE_P_V, value_cache_stride_h)
-        dim = tl.arange(0, BLOCK_DV)[None, None, :]
-        column = value_cache + dim.to(tl.int64) * value_cache_stride_d
-        is_value = is_head & (dim < DV)
+        # Names of their own: what both branches assign has to be of one shape.
+        value_strides = (value_cache_stride_n, STRIDE_P_V, value_cache_stride_h)
+        value_dim = tl.arange(0, BLOCK_DV)[None, None, :]
+        column = value_cache + value_dim.to(tl.int64) * value_cache_stride_d
+        is_value = is_head & (value_dim < DV)
         some = True
         if RUNS:
             start, run_slot, end = _find_runs(
@@ -132,7 +133,9 @@ def _reshape_and_cache_head_major(
         if some:
             v = load_rows(value, token, head, inside, value_stride_t, value_stride_h, DV, BLOCK_DV)
             v = to_cache(v, v_scale, V_SCALE_STRIDE, head, is_head, dtype, LIMIT_V)
-            tl.store(column + find_rows(slot, head, strides, P), v, mask=is_value & (slot >= 0))
+            tl.store(
+                column + find_rows(slot, head, value_strides, P), v, mask=is_value & (slot >= 0)
+            )
 
 
 def plan_runs(*, tokens: int, heads: int, head_size: int, value_size: int) -> Plan:

@@ -226,9 +226,11 @@ def cache_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
             yield f"reshape_and_cache {name} {form}"
         run(reshape_and_cache_packed.prepare(key, value, empty(2, 9, 16, 8, 128), slots))
         yield f"reshape_and_cache_packed {name}"
-        caches = empty(9, 8, 16, 16, 8), empty(9, 8, 128, 16)
-        run(reshape_and_cache_head_major.prepare(key, value, *caches, slots))
-        yield f"reshape_and_cache_head_major {name}"
+        for value_size in (128, 46):
+            caches = empty(9, 8, 16, 16, 8), empty(9, 8, value_size, 16)
+            narrow = value[..., :value_size]
+            run(reshape_and_cache_head_major.prepare(key, narrow, *caches, slots))
+            yield f"reshape_and_cache_head_major {name} {value_size}"
         rows = empty(tokens, 512, dtype=torch.bfloat16), empty(tokens, 64, dtype=torch.bfloat16)
         run(concat_and_cache_mla.prepare(*rows, empty(9, 16, 576), slots, scale[0]))
         yield f"concat_and_cache_mla {name}"
