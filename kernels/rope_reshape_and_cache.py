@@ -27,6 +27,7 @@ from torch_tkv.kernels.cache_tiles import (
     load_scale,
     store_rows,
 )
+from torch_tkv.kernels.device import device_of
 from torch_tkv.kernels.launcher import DEBUG, Launch
 from torch_tkv.kernels.rope_tiles import (
     find_angle,
@@ -160,6 +161,7 @@ class Rung(NamedTuple):
     tokens: float
     elements: int
     warps: int
+    registers: int | None = None  # of a thread, at most
 
 
 # us of 32 query and 8 KV heads of 128 bf16 at 1, 64, 1024 and 65536 tokens, on one H200 with torch
@@ -167,7 +169,14 @@ class Rung(NamedTuple):
 _LADDER = (
     Rung(tokens=8, elements=1024, warps=4),  # 1.56, 2.10, 11.5, 646
     Rung(tokens=128, elements=2048, warps=4),  # 1.54, 1.95, 7.14, 452
-    Rung(tokens=float("inf"), elements=4096, warps=2),  # 1.81, 2.02, 5.56, 400; with QK norm 401
+    Rung(tokens=float("inf"), elements=4096, warps=2),  # 1.81, 2.02, 5.56, 400
+)
+# After a norm, programs of the last rung have 99 registers a thread, 68 without. In random slots
+# they took 6.7, 116 and 455 at 1024, 16384 and 65536 tokens; rotating alone took 5.6, 103 and
+# 404. These take 6.1, 101 and 404 with slots in blocks; rotating alone takes 5.7, 100 and 400.
+_NORM_LADDER = (
+    *_LADDER[:2],
+    Rung(tokens=float("inf"), elements=2048, warps=2, registers=64),
 )
 
 
@@ -182,6 +191,7 @@ class Plan(NamedTuple):
     BLOCK_REST: int  # 0 where all of a head is rotated
     BLOCK_DV: int
     num_warps: int
+    registers: int | None = None  # of a thread, at most
 
 
 def plan(
@@ -191,9 +201,10 @@ def plan(
     head_size: int,
     value_size: int,
     rotary_dim: int,
+    normed: bool = False,
 ) -> Plan:
     """Plan the rotation of all heads and the write of the KV heads; a value_size of 0 has no V."""
-    rung = next(rung for rung in _LADDER if tokens <= rung.tokens)
+    rung = next(rung for rung in (_NORM_LADDER if normed else _LADDER) if tokens <= rung.tokens)
     block_r, block_rest, block_dv = (
         triton.next_power_of_2(size)
         for size in (rotary_dim // 2, head_size - rotary_dim, value_size)
@@ -209,7 +220,7 @@ def plan(
     # At least 4 elements a thread.
     num_warps = min(rung.warps, triton.next_power_of_2(triton.cdiv(share, 4 * 32)))
     blocks = (pieces, block_hq, block_hkv, block_r, block_rest, block_dv)
-    return Plan((tokens * pieces,), *blocks, num_warps)
+    return Plan((tokens * pieces,), *blocks, num_warps, rung.registers)
 
 
 class Norm(NamedTuple):
@@ -253,7 +264,14 @@ def prepare(
     rotary_dim = head_size if rotary_dim is None else rotary_dim
     key_blocks = key_cache.unsqueeze(1) if slot_mapping is None else key_cache
     blocks, *value_blocks = as_slots(*(x for x in (key_blocks, value_cache) if x is not None))
-    grid, *tiles, num_warps = plan(tokens, query_heads, kv_heads, head_size, value_size, rotary_dim)
+    normed = norm.q_weight is not None
+    grid, *tiles, num_warps, registers = plan(
+        tokens, query_heads, kv_heads, head_size, value_size, rotary_dim, normed
+    )
+    # A fused multiply-add would skip a rounding that PyTorch does.
+    options = {"num_warps": num_warps, "enable_fp_fusion": False, "debug": DEBUG}
+    if registers is not None and device_of(query.device).arch:
+        options["maxnreg"] = registers
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     return Launch(
         _rope_reshape_and_cache,
@@ -286,8 +304,7 @@ def prepare(
             None if value_cache is None else SATURATES_AT.get(value_cache.dtype),
             *tiles,
         ),
-        # A fused multiply-add would skip a rounding that PyTorch does.
-        {"num_warps": num_warps, "enable_fp_fusion": False, "debug": DEBUG},
+        options,
         out,
     )
 

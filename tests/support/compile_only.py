@@ -90,7 +90,8 @@ def source_of(kernel: JITFunction, args: tuple[Any, ...]) -> ASTSource:
 def compile_launches(target: GPUTarget, device: Device) -> Iterator[dict[str, Any]]:
     """Yield what the compiler says of every launch of `launches()`."""
     compiled = []
-    paged_attention.device_of = lambda _: device
+    for module in (paged_attention, rope_reshape_and_cache):
+        module.device_of = lambda _: device
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         compiled.append(triton.compile(source_of(kernel, args), target=target, options=options))
