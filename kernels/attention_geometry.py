@@ -234,13 +234,27 @@ def visible(key_position, query_position, end, plan: tl.constexpr):
 
 @triton.jit
 def load_blocks(blocks, tile, plan: tl.constexpr):
-    """Return the block number of each key of a tile, -1 where there is no key."""
+    """Return the block number of each key of a tile, that of another key where there is none.
+
+    Without keys it is undefined: given a value for what is masked, ptxas waits for the load before
+    it issues the next tile's loads of keys (sm_90, Triton 3.6).
+    """
     position = tile * plan.block_n + tl.arange(0, plan.block_n)
-    entry = blocks.row + (position.to(tl.uint32) // plan.page) * blocks.stride
-    read = position < blocks.end
+    position = tl.minimum(position, blocks.end - 1)
     if plan.window is not None:  # blocks that are behind all windows may have been freed
-        read = read & (position >= blocks.begin)
-    return tl.load(entry, mask=read, other=-1)
+        position = tl.maximum(position, blocks.begin)
+    entry = blocks.row + (position.to(tl.uint32) // plan.page) * blocks.stride
+    return tl.load(entry, mask=tl.zeros_like(position) + blocks.begin < blocks.end)
+
+
+@triton.jit
+def known_blocks(block, blocks, tile, plan: tl.constexpr):
+    """Return the block number of each key of a tile, -1 where there is no key that is seen."""
+    position = tile * plan.block_n + tl.arange(0, plan.block_n)
+    known = position < blocks.end
+    if plan.window is not None:
+        known = known & (position >= blocks.begin)
+    return tl.where(known, block, -1)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from torch_tkv.kernels.attention_geometry import (
     Blocks,
+    known_blocks,
     load_blocks,
     query_rows,
     slot_offset,
@@ -244,6 +245,8 @@ def attend(
     # the load itself: anything computed from it would be waited for at once.
     for tile in range(lo, hi):
         next_block = load_blocks(blocks, tile + 1, plan)
+        if MASKED:
+            block = known_blocks(block, blocks, tile, plan)
         k = load_rows(key_data, block, blocks, tile, STRIDE_N, STRIDE_P, SIZE, BLOCK, plan)
         v = load_rows(
             value_data,
@@ -355,7 +358,7 @@ def finish(acc, highest, total, sink):
         acc = acc * rescale
         highest = top
     lse = tl.where(nothing, float("-inf"), highest + tl.log2(total))
-    return acc / tl.where(nothing, 1.0, total), lse
+    return acc * (1.0 / tl.where(nothing, 1.0, total)), lse
 
 
 @triton.jit

@@ -123,12 +123,40 @@ def plan_decode(
         block_q=block_q,
         block_m=block_m,
         block_n=block_n,
-        block_b=max(triton.next_power_of_2(seqs), 16),
+        block_b=triton.next_power_of_2(max(seqs, 1)),
         workers=max(workers, 1),
         max_queries=MAX_DECODED if prefill else None,
         pdl=device.arch >= 90,
     )
     return Config(plan, 4, 3 if device.arch else 2)
+
+
+class Merge(NamedTuple):
+    """How partial results are merged."""
+
+    rows: int  # of a tile of queries, to a program
+    ahead: int  # partial results that it loads at once
+    num_warps: int
+
+
+def plan_merge(plan: Plan, *, tokens: int, seqs: int) -> Merge:
+    """Plan the merging of what `plan` decodes.
+
+    Few sequences have many partial results each. us on two H200s (Triton 3.6, 2026-11-21), of 1 x
+    1024, 1 x 65536 and, in float8, 1 x 65536 keys; of 32 x 4096, and of 1 x 65536 with 31 x 512:
+
+    - a row to a program, 16 results at once: 7.7, 69.4, 42.1; 137.6, 85.2;
+    - a row, 4 results: 71.0 (1 x 65536); 130.6, 85.9;
+    - 4 rows, 8 results: 8.2, 71.3, 43.9; 131.3, 87.0.
+    """
+    queries = min(triton.cdiv(tokens, max(seqs, 1)), plan.block_q)
+    if plan.max_queries is not None:  # the others are prefilled
+        queries = 1
+    # Tiles of many rows may be of few (padded rows count as queries): they take four programs.
+    rows = max(triton.next_power_of_2(queries * plan.group) // 4, 1)
+    each = max(plan.workers // max(seqs, 1), 4)
+    ahead = min(2 ** (each.bit_length() - 1), max(32 // rows, 1), 16)
+    return Merge(rows, ahead, min(max(rows * ahead // 8, 1), 4))
 
 
 def plan_prefill(
@@ -328,14 +356,11 @@ class _Attention(NamedTuple):
         numel = 2 * plan.workers * kv_heads * rows * (plan.value_size + 1)
         partial = self.query.new_empty(numel, dtype=torch.float32)
         pdl = {"launch_pdl": True} if plan.pdl else {}
-        # Few sequences have many partial results each: a program then loads more at once. Tiles of
-        # many rows may be of few (padded rows count as queries): these too take four programs.
-        few = 4 * self.sizes["seqs"] <= plan.workers
-        merged = 2 if few else max(triton.next_power_of_2(rows) // 4, 4)
-        ahead, warps = max(32 // merged, 1), 2 if few else 4
+        how = plan_merge(plan, **self.sizes)
+        used = min(plan.block_q, self.sizes["tokens"]) * plan.group  # rows of a tile, at most
         merge = Launch(
             paged_merge,
-            (kv_heads * triton.cdiv(rows, merged), plan.workers),
+            (kv_heads * triton.cdiv(used, how.rows), plan.workers),
             (
                 self.out,
                 self.lse,
@@ -346,8 +371,8 @@ class _Attention(NamedTuple):
                 self.output_scale,
             ),
             (*self.limits[:2], self.limits[3], kv_heads),
-            (self.saturates, merged, ahead, plan),
-            {"num_warps": warps} | pdl,
+            (self.saturates, how.rows, how.ahead, plan),
+            {"num_warps": how.num_warps} | pdl,
             then=then,
         )
         return Launch(

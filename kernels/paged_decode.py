@@ -236,11 +236,16 @@ def paged_merge(
     work = _list_work(batch, num_seqs, num_tokens, max_keys, plan)
     begin, end = _run_of(worker, work)
     unit = _unit_at(end - 1, work, plan)
+    first_row = tl.program_id(0) // kv_heads * ROWS
     shared = (unit.begin >= begin) & (unit.end > end) & (end > begin)
+    shared = shared & (unit.first + first_row // plan.group < unit.seq.count)
+    # Who has nothing to merge makes room, but for one: this kernel must not end before the other.
+    if (not shared) & (tl.program_id(0) + worker > 0):
+        return
     last = tl.where(shared, _worker_of(unit.end - 1, work), -1)
     TILE_ROWS: tl.constexpr = plan.block_q * plan.group
     partial_lse = partial + 2 * plan.workers * kv_heads * TILE_ROWS * plan.value_size
-    m = tl.program_id(0) // kv_heads * ROWS + tl.arange(0, ROWS)[:, None]
+    m = first_row + tl.arange(0, ROWS)[:, None]
     dim = tl.arange(0, plan.block_dv)[None, :]
     token = unit.first + m // plan.group
     # A tile of it, because Triton 3.9's interpreter takes no scalars in masks.
