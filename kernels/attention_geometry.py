@@ -26,7 +26,7 @@ class Plan(NamedTuple):
         causal, window, softcap: as in `torch_tkv.paged_attention`.
         block_d, block_dv: D and Dv, rounded up to a power of 2.
         block_q: tokens of a tile of queries.
-        block_m: its rows, at least block_q * group; a power of 2.
+        block_m: its rows, at least block_q * group; a power of 2, or 192 on Hopper.
         block_n: keys of a tile; a power of 2.
         block_b: sequences, of which each program scans all (decode) or as many at a time (prefill).
         pairs: values of 8 bits are read in pairs of this kind; None for one by one.

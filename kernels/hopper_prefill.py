@@ -1,10 +1,11 @@
 """Prefilling on Hopper: softmax(scale * q k^T + mask) v for tiles of queries, warp-specialised.
 
-A program takes tiles of 128 rows of queries, 64 to each of two consumers of four warps. One more
-warp, the producer, fetches the blocks of keys and of values into a ring of shared memory, those of
-the next tile while the consumers end one. While one consumer multiplies, the other takes its
-softmax: they take turns (FlashAttention-3; Shah et al., 2024). Written in Gluon: Triton does not
-specialise these loops on sm_90.
+A program takes tiles of queries, 64 rows to each of two or three consumers of four warps. Two more
+warps, the producers, fetch the blocks of keys and of values into rings of shared memory, those of
+the next tile while the consumers end one. While one consumer multiplies, another takes its softmax:
+they take turns (FlashAttention-3; Shah et al., 2024). Keys are walked from the last to the first,
+so only the first tiles of keys are masked. Written in Gluon: Triton does not specialise these loops
+on sm_90.
 """
 
 from __future__ import annotations
@@ -43,20 +44,23 @@ from torch_tkv.kernels.hopper_ring import (
 )
 from torch_tkv.kernels.tile_list import Work, known, load_entry, num_turns, tile_of
 
-CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # of a consumer
-# Registers of a thread. All start with 168; the producer leaves most of its own to the consumers.
-CONSUMER_REGISTERS = gl.constexpr(232)
-PRODUCER_REGISTERS = gl.constexpr(40)
 
 
 @gluon.jit
-def _start_scores(q, ring, step, plan: gl.constexpr):
-    """Start to multiply queries with a tile of keys."""
+def _start_scores(WHICH: gl.constexpr, ring, turns, q, step, plan: gl.constexpr):
+    """Start to multiply queries with a tile of keys, when it is there and it is this one's turn."""
+    mbarrier.wait(ring.k_full.index(step % STAGES), step // STAGES & 1)
+    mbarrier.wait(turns.index(WHICH), step & 1)
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, plan.block_n, 16])
     zeros = gl.full([ROWS, plan.block_n], 0.0, gl.float32, layout=LAYOUT)
     k = ring.k.index(step % STAGES).permute((1, 0))
     return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _pass_turn(WHICH: gl.constexpr, turns, plan: gl.constexpr):
+    mbarrier.arrive(turns.index((WHICH + 1) % (plan.block_m // ROWS)), count=1)
 
 
 @gluon.jit
@@ -80,7 +84,7 @@ def _softmax(
 
 @gluon.jit
 def _operand(weights, DTYPE: gl.constexpr, plan: gl.constexpr):
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, plan.size, 16])
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, plan.block_d, 16])
     return gl.convert_layout(weights.to(DTYPE), gl.DotOperandLayout(0, LAYOUT, 2))
 
 
@@ -90,41 +94,41 @@ def _load_query(WHICH: gl.constexpr, query, tile, plan: gl.constexpr):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     m = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     rows = query_rows(m, tile.seq, tile.first, tile.kv_head, plan)
-    dim = gl.arange(0, plan.size, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    dim = gl.arange(0, plan.block_d, layout=gl.SliceLayout(0, LAYOUT))[None, :]
     row = rows.token.to(gl.int64) * query[1] + rows.head.to(gl.int64) * query[2]
-    return gl.load(query[0] + row[:, None] + dim, mask=rows.inside[:, None], other=0.0)
+    mask = rows.inside[:, None] & (dim < plan.size)
+    return gl.load(query[0] + row[:, None] + dim, mask=mask, other=0.0)
 
 
 @gluon.jit
-def _consume(
-    WHICH: gl.constexpr,
-    ring,
-    turns,
-    q_memory,
-    query,  # pointer and strides of tokens and heads
-    scale,
-    work,
-    result,
-    SATURATES: gl.constexpr,
-    plan: gl.constexpr,
-):
+def _store_query(q, loaded):
+    """Put queries where the tensor cores read them."""
+    q.store(loaded)
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def _consume(WHICH: gl.constexpr, shared, SATURATES: gl.constexpr, plan: gl.constexpr):
     """Attend 64 rows of each tile of queries to all its tiles of keys."""
+    ring, turns, q_memory, query, _, work, result = shared
     q = q_memory.index(WHICH)
-    done = 0
+    # Of a tuple that nests others, Triton 3.6 carries some fields into the next turn, not all.
     following = known(load_entry(0, work), work)
-    loaded = _load_query(WHICH, query, tile_of(following, work, plan), plan)
+    _store_query(q, _load_query(WHICH, query, tile_of(following, work, plan), plan))
+    scores = _start_scores(WHICH, ring, turns, q, 0, plan)
+    _pass_turn(WHICH, turns, plan)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(ring.k_free.index(0), count=1)
+    done = 0
     for turn in range(num_turns(work)):
-        # Of a tuple that nests others, Triton 3.6 carries some fields into the next turn, not all.
         tile = tile_of(following, work, plan)
-        q.store(loaded)
-        fence_async_shared()
-        barrier()
         ahead = load_entry(turn + 1, work)
-        acc, highest, total = _attend_tile(WHICH, ring, turns, q, scale, tile, done, plan)
-        done += tile.walk.hi - tile.walk.lo
-        following = known(ahead, work)
-        loaded = _load_query(WHICH, query, tile_of(following, work, plan), plan)
+        acc, highest, total, scores, following = _attend_tile(
+            WHICH, shared, q, scores, tile, ahead, done, plan
+        )
         _store(WHICH, result, acc, highest, total, tile, SATURATES, plan)
+        done += tile.walk.hi - tile.walk.lo
 
 
 @gluon.jit
@@ -161,7 +165,7 @@ def _store(
         gl.convert_layout(lse, STORED),
         rows.token[:, None],
         rows.head[:, None],
-        gl.arange(0, plan.size, layout=gl.SliceLayout(0, STORED))[None, :],
+        gl.arange(0, plan.block_d, layout=gl.SliceLayout(0, STORED))[None, :],
         rows.inside[:, None],
         plan,
     )
@@ -170,18 +174,24 @@ def _store(
 @gluon.jit
 def _attend_tile(
     WHICH: gl.constexpr,
-    ring,
-    turns,
+    shared,
     q,
-    scale,
+    scores,  # of its first tile of keys
     tile,
+    ahead,  # entry of the next tile of queries
     done,  # tiles of keys before this tile of queries
     plan: gl.constexpr,
 ):
-    """Return the sum of the weighted values, the highest score and the sum of the weights."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, plan.block_n, 16])
-    RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, plan.size, 16])
+    """Return the sum of the weighted values, the highest score and the sum of the weights.
+
+    The last values are multiplied together with the first keys of the next tile of queries, whose
+    scores and entry are returned, too.
+    """
+    ring, turns, _, query, scale, work, _ = shared
+    SCORES: gl.constexpr = scores.type.layout
+    RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, plan.block_d, 16])
     walk, blocks = tile.walk, tile.blocks
+    steps = walk.hi - walk.lo
     m = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     rows = query_rows(m, tile.seq, tile.first, tile.kv_head, plan)
     factor = gl.full([ROWS], LOG2E, gl.float32, layout=gl.SliceLayout(1, SCORES))
@@ -189,42 +199,43 @@ def _attend_tile(
         factor *= scale
     highest = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
     total = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, SCORES))
-    acc = gl.full([ROWS, plan.size], 0.0, gl.float32, layout=RESULT)
-    steps = walk.hi - walk.lo
-    if steps > 0:
-        mbarrier.wait(ring.k_full.index(done % STAGES), done // STAGES & 1)
-        mbarrier.wait(turns.index(WHICH), done & 1)
-        scores = _start_scores(q, ring, done, plan)
-        mbarrier.arrive(turns.index(1 - WHICH), count=1)
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        mbarrier.arrive(ring.k_free.index(done % STAGES), count=1)
-        weights, _, highest, total = _softmax(
-            scores, (highest, total), walk.lo, factor, scale, rows, blocks, True, plan
-        )
-        weights = _operand(weights, q.dtype, plan)
-        state = (weights, acc, highest, total)
-        context = (ring, turns, q, done, walk.lo, factor, scale, rows, blocks)
-        below = 1
-        if plan.window is not None:  # the step after the first masks, too: see _step
-            below = gl.minimum(gl.maximum(walk.masked_below - walk.lo, 2), steps)
-            for step in range(1, below):
-                state = _step(WHICH, state, step, *context, True, plan)
-        above = gl.maximum(walk.masked_from - walk.lo, below)
-        for step in range(below, above):
-            state = _step(WHICH, state, step, *context, False, plan)
-        for step in range(above, steps):
+    acc = gl.full([ROWS, plan.block_d], 0.0, gl.float32, layout=RESULT)
+    weights, _, highest, total = _softmax(
+        scores, (highest, total), walk.hi - 1, factor, scale, rows, blocks, True, plan
+    )
+    clear_unread(ring, done, walk.hi - 1, tile.seq.length, False, plan)
+    state = (_operand(weights, q.dtype, plan), acc, highest, total)
+    context = (ring, turns, q, done, walk.hi - 1, factor, scale, rows, blocks)
+    above = gl.minimum(gl.maximum(walk.hi - walk.masked_from, 1), steps)
+    below = steps
+    if plan.window is not None:
+        below = gl.maximum(walk.hi - walk.masked_below, above)
+    # No loop: two that follow each other would move the weights at every step of the second.
+    MASKED: gl.constexpr = (plan.block_q + 2 * plan.block_n - 3) // plan.block_n
+    for step in gl.static_range(1, MASKED):
+        if step < above:
             state = _step(WHICH, state, step, *context, True, plan)
-        weights, acc, highest, total = state
-        last = done + steps - 1
-        mbarrier.wait(ring.v_full.index(last % STAGES), last // STAGES & 1)
-        clear_unread(ring, last, walk.hi - 1, tile.seq.length, False, plan)
-        if plan.window is not None:  # noqa: SIM102
-            if steps == 1:
-                clear_unread(ring, last, walk.lo, blocks.begin, True, plan)
-        acc = warpgroup_mma(weights, ring.v.index(last % STAGES), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(ring.v_free.index(last % STAGES), count=1)
-    return acc, highest, total
+    following = known(ahead, work)
+    loaded = _load_query(WHICH, query, tile_of(following, work, plan), plan)
+    for step in range(above, below):
+        state = _step(WHICH, state, step, *context, False, plan)
+    if plan.window is not None:
+        for step in range(below, steps):
+            state = _step(WHICH, state, step, *context, True, plan)
+    weights, acc, highest, total = state
+    _store_query(q, loaded)
+    now, last = done + steps, done + steps - 1
+    scores = _start_scores(WHICH, ring, turns, q, now, plan)
+    mbarrier.wait(ring.v_full.index(last % STAGES), last // STAGES & 1)
+    if plan.window is not None:
+        clear_unread(ring, last, walk.lo, blocks.begin, True, plan)
+    acc = warpgroup_mma(weights, ring.v.index(last % STAGES), acc, is_async=True)
+    _pass_turn(WHICH, turns, plan)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    mbarrier.arrive(ring.k_free.index(now % STAGES), count=1)
+    acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+    mbarrier.arrive(ring.v_free.index(last % STAGES), count=1)
+    return acc, highest, total, scores, following
 
 
 @gluon.jit
@@ -236,7 +247,7 @@ def _step(
     turns,
     q,
     done,
-    lo,
+    last_tile,
     factor,
     scale,
     rows,
@@ -247,19 +258,14 @@ def _step(
     """Multiply a tile of keys, and with the weights of the tile before it that one's values."""
     weights, acc, highest, total = state
     now, before = done + step, done + step - 1
-    mbarrier.wait(ring.k_full.index(now % STAGES), now // STAGES & 1)
-    mbarrier.wait(turns.index(WHICH), now & 1)
-    scores = _start_scores(q, ring, now, plan)
+    scores = _start_scores(WHICH, ring, turns, q, now, plan)
     mbarrier.wait(ring.v_full.index(before % STAGES), before // STAGES & 1)
-    if MASKED and plan.window is not None:  # noqa: SIM102, one is known to the compiler
-        if step == 1:
-            clear_unread(ring, before, lo, blocks.begin, True, plan)
     acc = warpgroup_mma(weights, ring.v.index(before % STAGES), acc, is_async=True)
-    mbarrier.arrive(turns.index(1 - WHICH), count=1)
+    _pass_turn(WHICH, turns, plan)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(ring.k_free.index(now % STAGES), count=1)
     new, rescale, highest, total = _softmax(
-        scores, (highest, total), lo + step, factor, scale, rows, blocks, MASKED, plan
+        scores, (highest, total), last_tile - step, factor, scale, rows, blocks, MASKED, plan
     )
     acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
     mbarrier.arrive(ring.v_free.index(before % STAGES), count=1)
@@ -295,13 +301,14 @@ def hopper_prefill(
 ):
     DTYPE: gl.constexpr = query.dtype.element_ty
     SLOTS: gl.constexpr = min(plan.page, plan.block_n)
-    COUNT: gl.constexpr = STAGES * (plan.size // HALF) * (plan.block_n // SLOTS)
+    COUNT: gl.constexpr = STAGES * (plan.block_d // HALF) * (plan.block_n // SLOTS)
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     k_boxes = gl.allocate_shared_memory(DTYPE, [COUNT, 1, 1, SLOTS, HALF], key_boxes.layout)
     v_boxes = gl.allocate_shared_memory(DTYPE, [COUNT, 1, 1, SLOTS, HALF], key_boxes.layout)
-    q_memory = gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, plan.size], TILE)
+    CONSUMERS: gl.constexpr = plan.block_m // ROWS
+    q_memory = gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, plan.block_d], TILE)
     BLOCK_N: gl.constexpr = plan.block_n
-    SIZE: gl.constexpr = plan.size
+    SIZE: gl.constexpr = plan.block_d
     ring = Ring(
         matrices(k_boxes, STAGES, BLOCK_N, SIZE),
         matrices(v_boxes, STAGES, BLOCK_N, SIZE),
@@ -318,25 +325,44 @@ def hopper_prefill(
         mbarrier.init(ring.k_free.index(i), count=CONSUMERS)
         mbarrier.init(ring.v_full.index(i), count=1)
         mbarrier.init(ring.v_free.index(i), count=CONSUMERS)
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
     rows = (query, query_stride_t, query_stride_h)
     sizes = (num_seqs, num_tokens, num_blocks, max_blocks * plan.page, kv_heads)
     work = Work(tiles, num_tiles, batch, *sizes)
     result = Result(out, lse_out, values, extra.sinks, output_scale, kv_heads * plan.group)
+    shared = (ring, turns, q_memory, rows, scale, work, result)
+    keys_from = (key_boxes, ring.k_boxes, ring.k_free, ring.k_full)
+    values_from = (value_boxes, ring.v_boxes, ring.v_free, ring.v_full)
     if plan.pdl:
         tl.extra.cuda.gdc_wait()
-    gl.warp_specialize(
-        [
-            (_consume, (0, ring, turns, q_memory, rows, scale, work, result, SATURATES, plan)),
-            (_consume, (1, ring, turns, q_memory, rows, scale, work, result, SATURATES, plan)),
-            (produce, (ring, key_boxes, value_boxes, work, plan)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )
+    # Beside the warps of each part the registers of its threads. All start with 168, or 128 where
+    # there are three consumers; the producers leave most of theirs.
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, shared, SATURATES, plan)),
+                (_consume, (1, shared, SATURATES, plan)),
+                (produce, (keys_from, work, 1, plan)),
+                (produce, (values_from, work, 0, plan)),
+            ],
+            [4, 1, 1],
+            [232, 40, 40],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, shared, SATURATES, plan)),
+                (_consume, (1, shared, SATURATES, plan)),
+                (_consume, (2, shared, SATURATES, plan)),
+                (produce, (keys_from, work, 1, plan)),
+                (produce, (values_from, work, 0, plan)),
+            ],
+            [4, 4, 1, 1],
+            [160, 160, 24, 24],
+        )
 
 
 def boxes_of(cache: Tensor, plan: Plan) -> TensorDescriptor:

@@ -1,4 +1,4 @@
-"""The ring of shared memory of prefilling on Hopper, and the warp that fills it.
+"""The ring of shared memory of prefilling on Hopper, and the warps that fill it.
 
 The tensor memory accelerator (TMA) fetches blocks of keys and of values box by box.
 """
@@ -23,7 +23,7 @@ _REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret")
 
 
 class Ring(NamedTuple):
-    """Stages of shared memory that the producer fills and the consumers empty."""
+    """Stages of shared memory that the producers fill and the consumers empty."""
 
     k: Any  # [STAGES, block_n, D]
     v: Any
@@ -52,15 +52,24 @@ def matrices(memory, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.conste
 
 
 @gluon.jit
-def produce(ring, key_boxes, value_boxes, work, plan: gl.constexpr):
-    """Fetch the keys and values of all tiles; what is no block of the cache arrives as zeros."""
+def produce(part, work, AHEAD: gl.constexpr, plan: gl.constexpr):
+    """Fetch the keys, or the values, of all tiles of queries, and the first AHEAD of one more.
+
+    What is no block of the cache arrives as zeros.
+    """
+    boxes, memory, free, full = part
     SLOTS: gl.constexpr = min(plan.page, plan.block_n)
     BOXES: gl.constexpr = plan.block_n // SLOTS
+    HALVES: gl.constexpr = plan.block_d // HALF
     step = 0
-    for turn in range(num_turns(work)):
-        queries = tile_of(known(load_entry(turn, work), work), work, plan)
+    ahead = load_entry(0, work)
+    turns = num_turns(work)
+    for turn in range(turns + AHEAD):
+        queries = tile_of(known(ahead, work), work, plan)
+        ahead = load_entry(turn + 1, work)
         blocks, walk = queries.blocks, queries.walk
-        for tile in range(walk.lo, walk.hi):
+        for n in range(gl.where(turn < turns, walk.hi - walk.lo, AHEAD)):
+            tile = walk.hi - 1 - n
             numbers = ()
             for box in gl.static_range(BOXES):
                 position = tile * plan.block_n + box * SLOTS
@@ -70,30 +79,19 @@ def produce(ring, key_boxes, value_boxes, work, plan: gl.constexpr):
                 exists = (number >= 0) & (number < blocks.num_blocks)
                 number = gl.where(exists, number, blocks.num_blocks).to(gl.int32)
                 numbers = numbers + (number,)  # type: ignore[assignment]  # noqa: RUF005, no stars
-            where = (numbers, tile, step, queries.kv_head)
-            _fetch(key_boxes, ring.k_boxes, ring.k_free, ring.k_full, *where, plan)
-            _fetch(value_boxes, ring.v_boxes, ring.v_free, ring.v_full, *where, plan)
+            stage = step % STAGES
+            mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), plan.block_n * plan.block_d * 2)
+            for box in gl.static_range(BOXES):
+                offset = (tile * plan.block_n + box * SLOTS) % plan.page
+                for half in gl.static_range(HALVES):
+                    load_box(
+                        boxes,
+                        [numbers[box], queries.kv_head, offset, half * HALF],
+                        full.index(stage),
+                        memory.index((stage * HALVES + half) * BOXES + box),
+                    )
             step += 1
-
-
-@gluon.jit
-def _fetch(boxes, memory, free, full, numbers, tile, step, kv_head, plan: gl.constexpr):
-    """Fetch the blocks of a tile of keys, or of their values, once their stage is free."""
-    SLOTS: gl.constexpr = min(plan.page, plan.block_n)
-    BOXES: gl.constexpr = plan.block_n // SLOTS
-    HALVES: gl.constexpr = plan.size // HALF
-    stage = step % STAGES
-    mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
-    mbarrier.expect(full.index(stage), plan.block_n * plan.size * 2)
-    for box in gl.static_range(BOXES):
-        offset = (tile * plan.block_n + box * SLOTS) % plan.page
-        for half in gl.static_range(HALVES):
-            load_box(
-                boxes,
-                [numbers[box], kv_head, offset, half * HALF],
-                full.index(stage),
-                memory.index((stage * HALVES + half) * BOXES + box),
-            )
 
 
 @gluon.jit
@@ -101,10 +99,11 @@ def clear_unread(ring, step, tile, position, BEFORE: gl.constexpr, plan: gl.cons
     """Zero the values from a key position on, or BEFORE it, in its block: 0 * NaN is NaN."""
     SLOTS: gl.constexpr = min(plan.page, plan.block_n)
     BOXES: gl.constexpr = plan.block_n // SLOTS
-    HALVES: gl.constexpr = plan.size // HALF
+    HALVES: gl.constexpr = plan.block_d // HALF
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     slot = position - tile * plan.block_n
     if (slot < plan.block_n) & (slot % SLOTS != 0):
+        mbarrier.wait(ring.v_full.index(step % STAGES), step // STAGES & 1)
         row = gl.arange(0, SLOTS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
         cleared = row < slot % SLOTS if BEFORE else row >= slot % SLOTS
         for half in gl.static_range(HALVES):

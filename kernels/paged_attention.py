@@ -167,12 +167,17 @@ def plan_prefill(
     row_bytes = max(base.block_d, base.block_dv) * bits // 8
     # Tiles must fit the shared memory: 99 KiB on sm_86 and sm_89, 64 KiB on gfx942.
     large = device.arch in (80, 90, 100, 103) and bits == 16
-    block_m = 128 if large or hopper else 64 if row_bytes <= 256 else 32
+    block_m = 128 if large else 64 if row_bytes <= 256 else 32
     block_m = max(block_m, triton.next_power_of_2(base.group))
+    block_n = min(max(16384 // row_bytes, 16), 64)
+    if hopper:
+        # Registers are enough for three consumers of narrow heads, of 64 rows each.
+        block_m = 192 if base.block_d == 64 else 128
+        block_n = 128 if base.block_d <= 128 else 64
     plan = base._replace(
         block_q=block_m // base.group,
         block_m=block_m,
-        block_n=128 if hopper else min(max(16384 // row_bytes, 16), 64),
+        block_n=block_n,
         block_b=min(triton.next_power_of_2(seqs + 1), 1024),
         max_queries=MAX_DECODED if decode else None,
         pairs=None,
@@ -331,7 +336,8 @@ class _Attention(NamedTuple):
             device.arch == 90
             and triton.__version__.startswith(_GLUON_TRITONS)
             and base.size == base.value_size
-            and base.size in (64, 128)
+            and 64 <= base.block_d <= 256
+            and base.size % 8 == 0
             and base.group <= 128
             and self.extra.slopes is None
             and self.extra.bias is None

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch_tkv.kernels.attention_geometry import (
     Blocks,
     Sequence,
+    Walk,
     add2,
     sequence,
     sequence_of,
@@ -27,10 +28,9 @@ FIELDS = tl.constexpr(8)  # of an entry: sequence, its start, count and length, 
 # one's keys are fetched while this one ends. A kernel before lists the tiles, those that see most
 # tiles of keys first: each of its programs finds the place of one tile of queries by counting,
 # sequence by sequence, how many see more. They are dealt out in this order, every other turn from
-# the last program to the first, so all programs take about as long. (Sequence after sequence
-# would leave some programs a quarter more to do, counting tiles of keys. An order of three tiles of
-# keys at a time, for the L2 cache's sake, cost 16 prompts of 1024 tokens a fifth and gained
-# nothing: H200, Triton 3.6, 2026-11-21.)
+# the last program to the first, so all programs take about as long. Tiles that see about as many,
+# of 16 tiles of keys or more, follow each other sequence by sequence: programs that read the same
+# keys at the same time find them in the L2 cache.
 
 
 class Work(NamedTuple):
@@ -80,6 +80,15 @@ def _tiles_from(seq, keys, plan: tl.constexpr):
     return count, tl.where(keys <= 0, count, tl.where(seq.length >= keys, count - less, 0))
 
 
+@triton.jit
+def _alike(tiles):
+    """Return from how many tiles of keys on, and below how many, the first 4 bits are the same."""
+    exponent = (tiles.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # exact below 2^24
+    rest = tl.maximum(exponent - 3, 0)
+    few = tiles >> rest << rest
+    return few, few + (1 << rest)
+
+
 @triton.jit(do_not_specialize=["num_seqs", "num_tokens", "max_blocks"])
 def list_tiles(
     tiles,  # [tiles + 1, FIELDS]
@@ -99,19 +108,18 @@ def list_tiles(
     end = seq.length
     if plan.causal:
         end = tl.minimum(end, seq.length - seq.count + (mine + 1) * plan.block_q)
-    keys = tiles_of(tl.maximum(end, 0), plan) * plan.block_n
-    keys -= plan.block_n - 1  # the first of its last tile of keys
+    few, many = _alike(tiles_of(tl.maximum(end, 0), plan))
+    few, many = (few - 1) * plan.block_n + 1, (many - 1) * plan.block_n + 1
     place, total = 0, 0
     for b in range(0, num_seqs + 1, plan.block_b):
         others = b + lanes
         seqs = sequence(others, batch, num_seqs, num_tokens, max_keys)
-        count, alike = _tiles_from(seqs, keys, plan)
-        _, more = _tiles_from(seqs, keys + plan.block_n, plan)
+        count, alike = _tiles_from(seqs, few, plan)
+        _, more = _tiles_from(seqs, many, plan)
         before = tl.where(others < number, alike, more)
         counted = tl.reduce((before, count), 0, add2)
         place, total = place + counted[0], total + counted[1]
-    count, _ = _tiles_from(seq, keys, plan)
-    _, more = _tiles_from(seq, keys + plan.block_n, plan)
+    count, more = _tiles_from(seq, many, plan)
     place += count - 1 - more - mine  # the last of a sequence sees most
     if (mine >= 0) & (mine < count) & (place >= 0) & (place < room):
         row = tiles + place * FIELDS
@@ -185,6 +193,9 @@ def tile_of(entry, work, plan: tl.constexpr):
     """Return the tile of an entry of the list."""
     seq = Sequence(entry.start, entry.count, entry.length)
     walk = walk_of(seq, entry.first, plan)
+    # What sees no key walks over a tile of keys that it does not see.
+    hi = tl.maximum(walk.hi, walk.lo + 1)
+    walk = Walk(walk.begin, walk.end, walk.lo, walk.masked_below, walk.masked_from, hi)
     batch = work.batch
     table = batch.block_table + entry.number.to(tl.int64) * batch.table_stride_b
     blocks = Blocks(table, batch.table_stride_n, work.num_blocks, walk.begin, walk.end)

@@ -48,7 +48,7 @@ SIZES = [(46, 46), (96, 64), (256, 256)]
 BLOCK_SIZES = [3, 256]
 if HAS_GPU:
     HEADS += [(1, 1), (8, 1), (28, 4), (64, 8)]
-    SIZES += [(d, d) for d in (8, 64, 80, 112, 128, 192)] + [(192, 128), (64, 256)]
+    SIZES += [(d, d) for d in (8, 48, 64, 80, 112, 128, 192)] + [(192, 128), (64, 256)]
     BLOCK_SIZES += [1, 2, 16, 32, 64, 128]
 FLOAT8S = [torch.float8_e4m3fn, torch.float8_e5m2]
 # Dtypes of a cache of 8 bits and kinds of its scales. The interpreter misreads float8.
@@ -544,6 +544,9 @@ def test_prefill_takes_the_tiles_that_fit_the_gpu() -> None:
     sizes = {"tokens": 1024, "seqs": 1, "bits": 16}
     hopper = kernel.plan_prefill(BASE, H200, **sizes, hopper=True)
     assert (hopper.plan.block_m, hopper.plan.block_n, hopper.num_warps) == (128, 128, 4)
+    for size, tile in ((64, (192, 128)), (256, (128, 64))):
+        plan = kernel.plan_prefill(BASE._replace(block_d=size), H200, **sizes, hopper=True).plan
+        assert (plan.block_m, plan.block_n) == tile
     large = kernel.plan_prefill(BASE, H200, **sizes)
     assert (large.plan.block_m, large.plan.block_n, large.num_warps) == (128, 64, 8)
     small = kernel.plan_prefill(BASE, Device(arch=89, processors=100), **sizes)

@@ -18,7 +18,8 @@ def expected_list(
 ) -> list[tuple[int, ...]]:
     """Return sequence, start, count, length and first token of all tiles, those of most keys first.
 
-    The padded rows behind the last sequence are one more, of no keys.
+    The first 4 bits of the number of tiles of keys count. The padded rows behind the last sequence
+    are one more, of no keys.
     """
     tiles = []
     for b, length in enumerate([*seq_lens, 0]):
@@ -28,7 +29,8 @@ def expected_list(
         for first in range(0, count, plan.block_q):
             keys = min(length, length - count + first + plan.block_q) if plan.causal else length
             tiles_of_keys = -(-max(keys, 0) // BLOCK_N)
-            tiles.append((-tiles_of_keys, b, -first, starts[b], count, length))
+            width = 2 ** max(tiles_of_keys.bit_length() - 4, 0)
+            tiles.append((-(tiles_of_keys // width * width), b, -first, starts[b], count, length))
     return [(b, start, n, length, -first) for _, b, first, start, n, length in sorted(tiles)]
 
 
@@ -37,7 +39,8 @@ def test_every_tile_is_listed_once_those_of_most_keys_first(device: str, seed: i
     rng = random.Random(seed)
     seqs = rng.choice([1, 2, 5, 17, 40])
     counts = [rng.choice([0, 1, 5, 16, 17, 32, 33, 100, 300]) for _ in range(seqs)]
-    lengths = [n + rng.choice([0, 0, 1, 100, 1000]) if rng.random() < 0.9 else 0 for n in counts]
+    behind = [0, 0, 1, 100, 1000, 9000]
+    lengths = [n + rng.choice(behind) if rng.random() < 0.9 else 0 for n in counts]
     starts = [0, *itertools.accumulate(counts)]
     tokens = starts[-1] + rng.choice([0, 70])
     plan = Plan(
@@ -58,7 +61,7 @@ def test_every_tile_is_listed_once_those_of_most_keys_first(device: str, seed: i
         max_queries=rng.choice([None, 16]),
     )
     indices = [torch.tensor(x, dtype=torch.int32, device=device) for x in (lengths, starts)]
-    table = torch.zeros(seqs, 100, dtype=torch.int32, device=device)
+    table = torch.zeros(seqs, 600, dtype=torch.int32, device=device)
     batch = Batch(table, table.stride(0), 1, indices[0], 1, indices[1], 1)
     room = tokens // plan.block_q + seqs + 1
     tiles = torch.full((room + 1, FIELDS.value), -7, dtype=torch.int32, device=device)

@@ -152,6 +152,8 @@ def attention_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
     yield "paged_attention_lse all options"
     for heads, sizes, dtype in (
         (8, (128, 128), half),
+        (8, (64, 64), half),
+        (2, (80, 80), half),
         (2, (96, 64), half),
         (1, (256, 256), half),
         (1, (256, 256), torch.float32),
