@@ -240,9 +240,7 @@ def attend(
     value_data = values.data + kv_head.to(tl.int64) * plan.value_strides[2]
     if plan.pairs is not None:
         value_data = value_data.to(tl.pointer_type(tl.int16), bitcast=True)
-    # Block numbers are loaded one tile ahead. Loaded where they are used, they would take two of
-    # the stages in which Triton's pipeliner fetches keys and values. What is carried over has to be
-    # the load itself: anything computed from it would be waited for at once.
+    # See Note [Block numbers] in attention_geometry.
     for tile in range(lo, hi):
         next_block = load_blocks(blocks, tile + 1, plan)
         if MASKED:
