@@ -34,7 +34,7 @@ def expected_list(
     return [(b, start, n, length, -first) for _, b, first, start, n, length in sorted(tiles)]
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_every_tile_is_listed_once_those_of_most_keys_first(device: str, seed: int) -> None:
     rng = random.Random(seed)
     seqs = rng.choice([1, 2, 5, 17, 40])
