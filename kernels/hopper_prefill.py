@@ -23,15 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from torch_tkv.kernels.attention_geometry import SIZES, Plan, query_rows, visible
-from torch_tkv.kernels.attention_tiles import (
-    LOG2E,
-    Modifiers,
-    Result,
-    finish_rows,
-    modify,
-    softmax_step,
-    store_rows,
-)
+from torch_tkv.kernels.attention_result import Result, finish_rows, store_rows
+from torch_tkv.kernels.attention_tiles import LOG2E, Modifiers, modify, softmax_step
 from torch_tkv.kernels.hopper_ring import (
     HALF,
     STAGES,

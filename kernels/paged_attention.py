@@ -21,7 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_tkv.kernels.attention_geometry import SIZES, Batch, Cache, Options, Plan, sequence_of
-from torch_tkv.kernels.attention_tiles import Inputs, Result, attend_tile, store_result
+from torch_tkv.kernels.attention_plans import parts, plan_decode, plan_merge, plan_prefill
+from torch_tkv.kernels.attention_result import Result, store_result
+from torch_tkv.kernels.attention_tiles import Inputs, attend_tile
 from torch_tkv.kernels.cache_tiles import SATURATES_AT
 from torch_tkv.kernels.device import Device, device_of
 from torch_tkv.kernels.launcher import Launch
@@ -77,113 +79,6 @@ def _prefill(
         SATURATES,
         plan,
     )
-
-
-class Config(NamedTuple):
-    """How a kernel is launched: the plan that is compiled into it, and Triton's options."""
-
-    plan: Plan
-    num_warps: int
-    num_stages: int
-
-
-# A sequence of up to so many new tokens is decoded where longer ones are prefilled.
-MAX_DECODED = 16
-
-
-def parts(tokens: int, seqs: int) -> tuple[bool, bool]:
-    """Return whether a batch may need the decoding part, and whether the prefilling part.
-
-    Where the tokens are few, decoding does it all: it is right for any number of new tokens.
-    """
-    prefill = tokens > MAX_DECODED * max(seqs, 1)
-    return seqs != 1 or not prefill, prefill
-
-
-def plan_decode(
-    base: Plan, device: Device, *, tokens: int, seqs: int, kv_heads: int, bits: int, max_keys: int
-) -> Config:
-    """Plan the decoding of `tokens` queries, whose keys take `bits` bits an element.
-
-    `max_keys` is what the block table has room for in a sequence. Tiles of keys of 16 KiB and two
-    programs a processor were the best found on one H200 (Triton 3.6, 2026-11-21; 32 sequences of
-    4096 keys, 8 heads x 128): bfloat16 133 us, with tiles of half the size 155, with twice as large
-    ones 160; float8 77, 90 and 81. More programs than fit at once cost a fifth.
-    """
-    _, prefill = parts(tokens, seqs)
-    rows = 1 if prefill else triton.cdiv(tokens, max(seqs, 1)) * base.group
-    block_m = min(max(triton.next_power_of_2(rows), 16), 64)
-    block_m = max(block_m, triton.next_power_of_2(base.group))
-    row_bytes = max(base.block_d, base.block_dv) * bits // 8
-    block_n = min(max(16384 // row_bytes, 16), 128)
-    block_q = block_m // base.group
-    tiles = min(tokens // block_q + seqs, tokens) * triton.cdiv(max_keys, block_n)
-    workers = min(2 * device.processors // kv_heads, max(tiles // 4, 16))
-    plan = base._replace(
-        block_q=block_q,
-        block_m=block_m,
-        block_n=block_n,
-        block_b=triton.next_power_of_2(max(seqs, 1)),
-        workers=max(workers, 1),
-        max_queries=MAX_DECODED if prefill else None,
-        pdl=device.arch >= 90,
-    )
-    return Config(plan, 4, 3 if device.arch else 2)
-
-
-class Merge(NamedTuple):
-    """How partial results are merged."""
-
-    rows: int  # of a tile of queries, to a program
-    ahead: int  # partial results that it loads at once
-    num_warps: int
-
-
-def plan_merge(plan: Plan, *, tokens: int, seqs: int) -> Merge:
-    """Plan the merging of what `plan` decodes.
-
-    Few sequences have many partial results each. us on two H200s (Triton 3.6, 2026-11-21), of 1 x
-    1024, 1 x 65536 and, in float8, 1 x 65536 keys; of 32 x 4096, and of 1 x 65536 with 31 x 512:
-
-    - a row to a program, 16 results at once: 7.7, 69.4, 42.1; 137.6, 85.2;
-    - a row, 4 results: 71.0 (1 x 65536); 130.6, 85.9;
-    - 4 rows, 8 results: 8.2, 71.3, 43.9; 131.3, 87.0.
-    """
-    queries = min(triton.cdiv(tokens, max(seqs, 1)), plan.block_q)
-    if plan.max_queries is not None:  # the others are prefilled
-        queries = 1
-    # Tiles of many rows may be of few (padded rows count as queries): they take four programs.
-    rows = max(triton.next_power_of_2(queries * plan.group) // 4, 1)
-    each = max(plan.workers // max(seqs, 1), 4)
-    ahead = min(2 ** (each.bit_length() - 1), max(32 // rows, 1), 16)
-    return Merge(rows, ahead, min(max(rows * ahead // 8, 1), 4))
-
-
-def plan_prefill(
-    base: Plan, device: Device, *, tokens: int, seqs: int, bits: int, hopper: bool = False
-) -> Config:
-    """Plan the prefilling of `tokens` queries; the wider of query and cache has `bits` bits."""
-    decode, _ = parts(tokens, seqs)
-    row_bytes = max(base.block_d, base.block_dv) * bits // 8
-    # Tiles must fit the shared memory: 99 KiB on sm_86 and sm_89, 64 KiB on gfx942.
-    large = device.arch in (80, 90, 100, 103) and bits == 16
-    block_m = 128 if large else 64 if row_bytes <= 256 else 32
-    block_m = max(block_m, triton.next_power_of_2(base.group))
-    block_n = min(max(16384 // row_bytes, 16), 64)
-    if hopper:
-        # Registers are enough for three consumers of narrow heads, of 64 rows each.
-        block_m = 192 if base.block_d == 64 else 128
-        block_n = 128 if base.block_d <= 128 else 64
-    plan = base._replace(
-        block_q=block_m // base.group,
-        block_m=block_m,
-        block_n=block_n,
-        block_b=min(triton.next_power_of_2(seqs + 1), 1024),
-        max_queries=MAX_DECODED if decode else None,
-        pairs=None,
-        pdl=hopper,
-    )
-    return Config(plan, 8 if large and not hopper else 4, 3 if large else 2)
 
 
 def prepare(

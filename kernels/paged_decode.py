@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from torch_tkv.kernels.attention_geometry import SIZES, Sequence, add2, sequence, tiles_of
-from torch_tkv.kernels.attention_tiles import Inputs, Result, attend_tile, finish, store_result
+from torch_tkv.kernels.attention_result import Result, finish, store_result
+from torch_tkv.kernels.attention_tiles import Inputs, attend_tile
 
 # Note [Work of the decoding workers]
 # The tiles of keys that decoding reads, sequence after sequence and tile of queries after tile of

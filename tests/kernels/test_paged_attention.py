@@ -23,6 +23,7 @@ from torch import Tensor
 
 import torch_tkv
 from torch_tkv import reference
+from torch_tkv.kernels import attention_plans as plans
 from torch_tkv.kernels import paged_attention as kernel
 from torch_tkv.kernels.attention_geometry import Plan
 from torch_tkv.kernels.device import Device
@@ -498,13 +499,13 @@ H200 = Device(arch=90, processors=132)
 def test_a_part_is_launched_where_the_shapes_call_for_it(
     tokens: int, seqs: int, decode: bool, prefill: bool
 ) -> None:
-    assert kernel.parts(tokens, seqs) == (decode, prefill)
+    assert plans.parts(tokens, seqs) == (decode, prefill)
 
 
 def plan_decode(**sizes: int) -> Plan:
     sizes = {"tokens": 32, "seqs": 32, "kv_heads": 8, "bits": 16, "max_keys": 4096} | sizes
     base = BASE._replace(group=sizes.pop("group", 4))
-    return kernel.plan_decode(base, H200, **sizes).plan
+    return plans.plan_decode(base, H200, **sizes).plan
 
 
 def test_the_decoding_grid_is_one_wave() -> None:
@@ -522,7 +523,7 @@ def test_the_heads_of_a_group_and_the_new_tokens_share_a_tile() -> None:
     odd = plan_decode(group=71)
     assert (odd.block_m, odd.block_q) == (128, 1)
     mixed = plan_decode(tokens=1025, seqs=9)
-    assert (mixed.block_m, mixed.max_queries) == (16, kernel.MAX_DECODED)
+    assert (mixed.block_m, mixed.max_queries) == (16, plans.MAX_DECODED)
     assert plan_decode(bits=8).block_n == 128
 
 
@@ -534,20 +535,18 @@ def test_few_sequences_merge_more_partial_results_at_once() -> None:
         (32 * 16, 32, (16, 2, 4)),
         (1025, 9, (1, 4, 1)),
     ):
-        assert (
-            kernel.plan_merge(plan_decode(tokens=tokens, seqs=seqs), tokens=tokens, seqs=seqs)
-            == merge
-        )
+        sizes = {"tokens": tokens, "seqs": seqs}
+        assert plans.plan_merge(plan_decode(**sizes), **sizes) == merge
 
 
 def test_prefill_takes_the_tiles_that_fit_the_gpu() -> None:
     sizes = {"tokens": 1024, "seqs": 1, "bits": 16}
-    hopper = kernel.plan_prefill(BASE, H200, **sizes, hopper=True)
+    hopper = plans.plan_prefill(BASE, H200, **sizes, hopper=True)
     assert (hopper.plan.block_m, hopper.plan.block_n, hopper.num_warps) == (128, 128, 4)
     for size, tile in ((64, (192, 128)), (256, (128, 64))):
-        plan = kernel.plan_prefill(BASE._replace(block_d=size), H200, **sizes, hopper=True).plan
+        plan = plans.plan_prefill(BASE._replace(block_d=size), H200, **sizes, hopper=True).plan
         assert (plan.block_m, plan.block_n) == tile
-    large = kernel.plan_prefill(BASE, H200, **sizes)
+    large = plans.plan_prefill(BASE, H200, **sizes)
     assert (large.plan.block_m, large.plan.block_n, large.num_warps) == (128, 64, 8)
-    small = kernel.plan_prefill(BASE, Device(arch=89, processors=100), **sizes)
+    small = plans.plan_prefill(BASE, Device(arch=89, processors=100), **sizes)
     assert (small.plan.block_m, small.plan.block_n, small.num_warps) == (64, 64, 4)
