@@ -29,6 +29,7 @@ from torch_tkv.kernels.hopper_ring import (
     HALF,
     STAGES,
     Ring,
+    Stages,
     barrier,
     barriers,
     clear_unread,
@@ -43,11 +44,11 @@ ROWS = gl.constexpr(64)  # of a consumer
 @gluon.jit
 def _start_scores(WHICH: gl.constexpr, ring, turns, q, step, plan: gl.constexpr):
     """Start to multiply queries with a tile of keys, when it is there and it is this one's turn."""
-    mbarrier.wait(ring.k_full.index(step % STAGES), step // STAGES & 1)
+    mbarrier.wait(ring.k.full.index(step % STAGES), step // STAGES & 1)
     mbarrier.wait(turns.index(WHICH), step & 1)
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, plan.block_n, 16])
     zeros = gl.full([ROWS, plan.block_n], 0.0, gl.float32, layout=LAYOUT)
-    k = ring.k.index(step % STAGES).permute((1, 0))
+    k = ring.k.matrices.index(step % STAGES).permute((1, 0))
     return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
 
 
@@ -112,7 +113,7 @@ def _consume(WHICH: gl.constexpr, shared, SATURATES: gl.constexpr, plan: gl.cons
     scores = _start_scores(WHICH, ring, turns, q, 0, plan)
     _pass_turn(WHICH, turns, plan)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    mbarrier.arrive(ring.k_free.index(0), count=1)
+    mbarrier.arrive(ring.k.free.index(0), count=1)
     done = 0
     for turn in range(num_turns(work)):
         tile = tile_of(following, work, plan)
@@ -219,15 +220,15 @@ def _attend_tile(
     _store_query(q, loaded)
     now, last = done + steps, done + steps - 1
     scores = _start_scores(WHICH, ring, turns, q, now, plan)
-    mbarrier.wait(ring.v_full.index(last % STAGES), last // STAGES & 1)
+    mbarrier.wait(ring.v.full.index(last % STAGES), last // STAGES & 1)
     if plan.window is not None:
         clear_unread(ring, last, walk.lo, blocks.begin, True, plan)
-    acc = warpgroup_mma(weights, ring.v.index(last % STAGES), acc, is_async=True)
+    acc = warpgroup_mma(weights, ring.v.matrices.index(last % STAGES), acc, is_async=True)
     _pass_turn(WHICH, turns, plan)
     scores = warpgroup_mma_wait(1, deps=[scores])
-    mbarrier.arrive(ring.k_free.index(now % STAGES), count=1)
+    mbarrier.arrive(ring.k.free.index(now % STAGES), count=1)
     acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
-    mbarrier.arrive(ring.v_free.index(last % STAGES), count=1)
+    mbarrier.arrive(ring.v.free.index(last % STAGES), count=1)
     return acc, highest, total, scores, following
 
 
@@ -252,16 +253,16 @@ def _step(
     weights, acc, highest, total = state
     now, before = done + step, done + step - 1
     scores = _start_scores(WHICH, ring, turns, q, now, plan)
-    mbarrier.wait(ring.v_full.index(before % STAGES), before // STAGES & 1)
-    acc = warpgroup_mma(weights, ring.v.index(before % STAGES), acc, is_async=True)
+    mbarrier.wait(ring.v.full.index(before % STAGES), before // STAGES & 1)
+    acc = warpgroup_mma(weights, ring.v.matrices.index(before % STAGES), acc, is_async=True)
     _pass_turn(WHICH, turns, plan)
     scores = warpgroup_mma_wait(1, deps=[scores])
-    mbarrier.arrive(ring.k_free.index(now % STAGES), count=1)
+    mbarrier.arrive(ring.k.free.index(now % STAGES), count=1)
     new, rescale, highest, total = _softmax(
         scores, (highest, total), last_tile - step, factor, scale, rows, blocks, MASKED, plan
     )
     acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
-    mbarrier.arrive(ring.v_free.index(before % STAGES), count=1)
+    mbarrier.arrive(ring.v.free.index(before % STAGES), count=1)
     LAYOUT: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     acc = acc * gl.convert_layout(rescale, LAYOUT)[:, None]
     return _operand(new, weights.dtype, plan), acc, highest, total
@@ -302,22 +303,17 @@ def hopper_prefill(
     q_memory = gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, plan.block_d], TILE)
     BLOCK_N: gl.constexpr = plan.block_n
     SIZE: gl.constexpr = plan.block_d
+    k, v = matrices(k_boxes, STAGES, BLOCK_N, SIZE), matrices(v_boxes, STAGES, BLOCK_N, SIZE)
     ring = Ring(
-        matrices(k_boxes, STAGES, BLOCK_N, SIZE),
-        matrices(v_boxes, STAGES, BLOCK_N, SIZE),
-        k_boxes,
-        v_boxes,
-        barriers(STAGES),
-        barriers(STAGES),
-        barriers(STAGES),
-        barriers(STAGES),
+        Stages(k, k_boxes, barriers(STAGES), barriers(STAGES)),
+        Stages(v, v_boxes, barriers(STAGES), barriers(STAGES)),
     )
     turns = barriers(CONSUMERS)
     for i in gl.static_range(STAGES):
-        mbarrier.init(ring.k_full.index(i), count=1)
-        mbarrier.init(ring.k_free.index(i), count=CONSUMERS)
-        mbarrier.init(ring.v_full.index(i), count=1)
-        mbarrier.init(ring.v_free.index(i), count=CONSUMERS)
+        mbarrier.init(ring.k.full.index(i), count=1)
+        mbarrier.init(ring.k.free.index(i), count=CONSUMERS)
+        mbarrier.init(ring.v.full.index(i), count=1)
+        mbarrier.init(ring.v.free.index(i), count=CONSUMERS)
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
@@ -327,8 +323,6 @@ def hopper_prefill(
     work = Work(tiles, num_tiles, batch, *sizes)
     result = Result(out, lse_out, values, extra.sinks, output_scale, kv_heads * plan.group)
     shared = (ring, turns, q_memory, rows, scale, work, result)
-    keys_from = (key_boxes, ring.k_boxes, ring.k_free, ring.k_full)
-    values_from = (value_boxes, ring.v_boxes, ring.v_free, ring.v_full)
     if plan.pdl:
         tl.extra.cuda.gdc_wait()
     # Beside the warps of each part the registers of its threads. All start with 168, or 128 where
@@ -338,8 +332,8 @@ def hopper_prefill(
             [
                 (_consume, (0, shared, SATURATES, plan)),
                 (_consume, (1, shared, SATURATES, plan)),
-                (produce, (keys_from, work, 1, plan)),
-                (produce, (values_from, work, 0, plan)),
+                (produce, (key_boxes, ring.k, work, 1, plan)),
+                (produce, (value_boxes, ring.v, work, 0, plan)),
             ],
             [4, 1, 1],
             [232, 40, 40],
@@ -350,8 +344,8 @@ def hopper_prefill(
                 (_consume, (0, shared, SATURATES, plan)),
                 (_consume, (1, shared, SATURATES, plan)),
                 (_consume, (2, shared, SATURATES, plan)),
-                (produce, (keys_from, work, 1, plan)),
-                (produce, (values_from, work, 0, plan)),
+                (produce, (key_boxes, ring.k, work, 1, plan)),
+                (produce, (value_boxes, ring.v, work, 0, plan)),
             ],
             [4, 4, 1, 1],
             [160, 160, 24, 24],

@@ -22,17 +22,20 @@ load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 _REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
-class Ring(NamedTuple):
-    """Stages of shared memory that the producers fill and the consumers empty."""
+class Stages(NamedTuple):
+    """Shared memory that a producer fills, with keys or with values, and the consumers empty."""
 
-    k: Any  # [STAGES, block_n, D]
-    v: Any
-    k_boxes: Any  # the same memory, box by box
-    v_boxes: Any
-    k_full: Any  # barriers, [STAGES]
-    k_free: Any
-    v_full: Any
-    v_free: Any
+    matrices: Any  # [STAGES, block_n, D]
+    boxes: Any  # the same memory, box by box
+    full: Any  # barriers, [STAGES]
+    free: Any
+
+
+class Ring(NamedTuple):
+    """The keys and the values that the consumers multiply with."""
+
+    k: Stages
+    v: Stages
 
 
 @gluon.jit
@@ -52,12 +55,11 @@ def matrices(memory, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.conste
 
 
 @gluon.jit
-def produce(part, work, AHEAD: gl.constexpr, plan: gl.constexpr):
+def produce(cache, stages, work, AHEAD: gl.constexpr, plan: gl.constexpr):
     """Fetch the keys, or the values, of all tiles of queries, and the first AHEAD of one more.
 
     What is no block of the cache arrives as zeros.
     """
-    boxes, memory, free, full = part
     SLOTS: gl.constexpr = min(plan.page, plan.block_n)
     BOXES: gl.constexpr = plan.block_n // SLOTS
     HALVES: gl.constexpr = plan.block_d // HALF
@@ -80,16 +82,16 @@ def produce(part, work, AHEAD: gl.constexpr, plan: gl.constexpr):
                 number = gl.where(exists, number, blocks.num_blocks).to(gl.int32)
                 numbers = numbers + (number,)  # type: ignore[assignment]  # noqa: RUF005, no stars
             stage = step % STAGES
-            mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), plan.block_n * plan.block_d * 2)
+            mbarrier.wait(stages.free.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(stages.full.index(stage), plan.block_n * plan.block_d * 2)
             for box in gl.static_range(BOXES):
                 offset = (tile * plan.block_n + box * SLOTS) % plan.page
                 for half in gl.static_range(HALVES):
                     load_box(
-                        boxes,
+                        cache,
                         [numbers[box], queries.kv_head, offset, half * HALF],
-                        full.index(stage),
-                        memory.index((stage * HALVES + half) * BOXES + box),
+                        stages.full.index(stage),
+                        stages.boxes.index((stage * HALVES + half) * BOXES + box),
                     )
             step += 1
 
@@ -103,11 +105,11 @@ def clear_unread(ring, step, tile, position, BEFORE: gl.constexpr, plan: gl.cons
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     slot = position - tile * plan.block_n
     if (slot < plan.block_n) & (slot % SLOTS != 0):
-        mbarrier.wait(ring.v_full.index(step % STAGES), step // STAGES & 1)
+        mbarrier.wait(ring.v.full.index(step % STAGES), step // STAGES & 1)
         row = gl.arange(0, SLOTS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
         cleared = row < slot % SLOTS if BEFORE else row >= slot % SLOTS
         for half in gl.static_range(HALVES):
-            box = ring.v_boxes.index(((step % STAGES) * HALVES + half) * BOXES + slot // SLOTS)
+            box = ring.v.boxes.index(((step % STAGES) * HALVES + half) * BOXES + slot // SLOTS)
             box = matrices(box, 1, SLOTS, HALF).index(0)
             box.store(gl.where(cleared, 0.0, box.load(LAYOUT)))
         fence_async_shared()
