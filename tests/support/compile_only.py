@@ -195,6 +195,11 @@ def rope_launches(
         yield f"rotary_embedding {form} {name}"
     run(qk_norm_rope_reshape_and_cache.prepare(*args, weight, weight, 1e-6))
     yield f"qk_norm_rope_reshape_and_cache {name}"
+    if heads == 8:
+        query, key, value, slots = (x.repeat_interleave(99, 0) for x in (query, key, value, slots))
+        args = (query, key, value, cos, cos, slots, *caches, slots)
+        run(qk_norm_rope_reshape_and_cache.prepare(*args, weight, weight, 1e-6))
+        yield f"qk_norm_rope_reshape_and_cache many tokens {name}"
 
 
 def cache_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
