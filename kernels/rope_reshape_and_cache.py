@@ -173,7 +173,8 @@ _LADDER = (
 )
 # After a norm, programs of the last rung have 99 registers a thread, 68 without. In random slots
 # they took 6.7, 116 and 455 at 1024, 16384 and 65536 tokens; rotating alone took 5.6, 103 and
-# 404. These take 6.1, 101 and 404 with slots in blocks; rotating alone takes 5.7, 100 and 400.
+# 404. These take 6.1, 101 and 404 with slots in blocks; rotating alone takes 5.7, 100 and 400 (two
+# H200s, Triton 3.6, 2026-11-21).
 _NORM_LADDER = (
     *_LADDER[:2],
     Rung(tokens=float("inf"), elements=2048, warps=2, registers=64),

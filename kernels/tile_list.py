@@ -29,8 +29,8 @@ FIELDS = tl.constexpr(8)  # of an entry: sequence, its start, count and length, 
 # tiles of keys first: each of its programs finds the place of one tile of queries by counting,
 # sequence by sequence, how many see more. They are dealt out in this order, every other turn from
 # the last program to the first, so all programs take about as long. Tiles that see about as many,
-# of 16 tiles of keys or more, follow each other sequence by sequence: programs that read the same
-# keys at the same time find them in the L2 cache.
+# of 16 tiles of keys or more, follow each other sequence by sequence, for the L2 cache's sake:
+# programs then read the same keys at the same time.
 
 
 class Work(NamedTuple):
