@@ -55,6 +55,17 @@ class Plan(NamedTuple):
     max_queries: int | None = None
     pdl: bool = False
 
+    @property
+    def numbers(self) -> int:
+        """Return how many block numbers are loaded for a tile of keys: one a block, or one a key.
+
+        A key each where blocks are cut by tiles, and where 128 threads share 128 keys of 8 bits.
+        """
+        if self.page % self.block_n == 0:
+            return 1
+        whole = self.block_n % self.page == 0 and (self.pairs is None or self.block_n < 128)
+        return self.block_n // self.page if whole else self.block_n
+
 
 class Batch(NamedTuple):
     """Which rows of the query, and which blocks of the cache, are whose."""
@@ -235,47 +246,47 @@ def visible(key_position, query_position, end, plan: tl.constexpr):
 # Note [Block numbers]
 # Block numbers are loaded one tile of keys ahead. Loaded where they are used, they would take two
 # of the stages in which Triton's pipeliner fetches keys and values. What is carried over has to be
-# the load itself: anything computed from it would be waited for at once.
+# the load itself: anything computed from it, or a value for what its mask leaves out, would be
+# waited for at once. So what is not read is undefined, and told apart by `rows_of`.
 #
-# A load with a mask and a value for what it leaves out is waited for, too: ptxas copies it before
-# it issues the loads of the next keys. Tiles of 16 rows load a number for every key, another's
-# where there is no key, and tell them apart when they use them. This, together with programs of the
-# merging kernel that end early, took decoding of 32 x 4096 keys from 134.0 to 132.4 us and, with a
-# cache of 8 bits, from 80.5 to 74.5. The same takes tiles of 64 rows 689 instead of 592
-# instructions a tile of keys, and 16 new tokens a sequence took 278 instead of 272 us (H200s,
-# Triton 3.6, 2026-11-21).
+# A thread loads one number a block and not one a key, where blocks are whole in a tile: 1 x 1024
+# keys are decoded in 7.1 instead of 7.4 us, 4 x 1024 in 10.7 instead of 11.2, 128 x 1024 in 132.9
+# instead of 134.4 (H200, Triton 3.6, 2026-11-30).
 
 
 @triton.jit
 def load_blocks(blocks, tile, plan: tl.constexpr):
-    """Return the block number of each key of a tile, for `known_blocks`."""
-    position = tile * plan.block_n + tl.arange(0, plan.block_n)
-    if plan.block_m <= 16:
-        position = tl.minimum(position, blocks.end - 1)
-        if plan.window is not None:  # blocks that are behind all windows may have been freed
-            position = tl.maximum(position, blocks.begin)
-        entry = blocks.row + (position.to(tl.uint32) // plan.page) * blocks.stride
-        return tl.load(entry, mask=tl.zeros_like(position) + blocks.begin < blocks.end)
-    else:
-        entry = blocks.row + (position.to(tl.uint32) // plan.page) * blocks.stride
-        return tl.load(entry, mask=_is_read(position, blocks, plan), other=-1)
-
-
-@triton.jit
-def known_blocks(block, blocks, tile, plan: tl.constexpr):
-    """Return the block number of each key of a tile, -1 where there is no key that is read."""
-    if plan.block_m <= 16:
-        position = tile * plan.block_n + tl.arange(0, plan.block_n)
-        block = tl.where(_is_read(position, blocks, plan), block, -1)
-    return block
-
-
-@triton.jit
-def _is_read(position, blocks, plan: tl.constexpr):
+    """Return the block numbers of a tile of keys, for `rows_of`; what is not read is undefined."""
+    COUNT: tl.constexpr = plan.numbers
+    EACH: tl.constexpr = plan.block_n // COUNT  # keys, or fewer, that share a number
+    position = tile * plan.block_n + EACH * tl.arange(0, COUNT)
     read = position < blocks.end
-    if plan.window is not None:
-        read = read & (position >= blocks.begin)
-    return read
+    if plan.window is not None:  # blocks that are behind all windows may have been freed
+        read = read & (position + EACH > blocks.begin)
+    entry = blocks.row + (position.to(tl.uint32) // plan.page) * blocks.stride
+    return tl.load(entry, mask=read)
+
+
+@triton.jit
+def rows_of(numbers, blocks, tile, MASKED: tl.constexpr, plan: tl.constexpr):
+    """Return the block number of each key of a tile, and whether there is one that is read.
+
+    Of a tile that is not MASKED all keys are read.
+    """
+    COUNT: tl.constexpr = plan.numbers
+    block = numbers
+    if plan.block_n != COUNT:
+        shared = tl.broadcast_to(numbers[:, None], [COUNT, plan.block_n // COUNT])
+        block = tl.reshape(shared, [plan.block_n])
+    # What is negative is beyond num_blocks when taken as unsigned.
+    UNSIGNED: tl.constexpr = tl.uint64 if block.dtype == tl.int64 else tl.uint32
+    inside = block.to(UNSIGNED, bitcast=True) < blocks.num_blocks.to(UNSIGNED)
+    if MASKED:
+        n = tl.arange(0, plan.block_n)
+        inside = inside & (n < blocks.end - tile * plan.block_n)
+        if plan.window is not None:
+            inside = inside & (n >= blocks.begin - tile * plan.block_n)
+    return block, inside
 
 
 @triton.jit

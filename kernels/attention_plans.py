@@ -40,26 +40,32 @@ def plan_decode(
     programs a processor were the best found on one H200 (Triton 3.6, 2026-11-21; 32 sequences of
     4096 keys, 8 heads x 128): bfloat16 133 us, with tiles of half the size 155, with twice as large
     ones 160; float8 77, 90 and 81. More programs than fit at once cost a fifth.
+
+    To begin with another sequence drains the pipeline of loads. With 8 bits, which need more
+    instructions, twice as many programs of half the size hide that: 64 x 2048, 128 x 1024 and 256 x
+    512 keys took 76.9, 79.1 and 87.8 us where large ones took 82.9, 90.3 and 104.9, but 32 x 4096
+    took 74.9 where those took 73.1 (2026-11-30).
     """
     _, prefill = parts(tokens, seqs)
     rows = 1 if prefill else triton.cdiv(tokens, max(seqs, 1)) * base.group
     block_m = min(max(triton.next_power_of_2(rows), 16), 64)
     block_m = max(block_m, triton.next_power_of_2(base.group))
+    workers = max(2 * device.processors // kv_heads, 1)
+    small = bits == 8 and block_m == 16 and seqs > workers
     row_bytes = max(base.block_d, base.block_dv) * bits // 8
-    block_n = min(max(16384 // row_bytes, 16), 128)
+    block_n = min(max((8192 if small else 16384) // row_bytes, 16), 128 if block_m <= 64 else 64)
     block_q = block_m // base.group
     tiles = min(tokens // block_q + seqs, tokens) * triton.cdiv(max_keys, block_n)
-    workers = min(2 * device.processors // kv_heads, max(tiles // 4, 16))
     plan = base._replace(
         block_q=block_q,
         block_m=block_m,
         block_n=block_n,
         block_b=triton.next_power_of_2(max(seqs, 1)),
-        workers=max(workers, 1),
+        workers=min((2 if small else 1) * workers, max(tiles // 4, 16)),
         max_queries=MAX_DECODED if prefill else None,
         pdl=device.arch >= 90,
     )
-    return Config(plan, 4, 3 if device.arch else 2)
+    return Config(plan, 2 if small else 4, 3 if device.arch else 2)
 
 
 class Merge(NamedTuple):
@@ -79,14 +85,19 @@ def plan_merge(plan: Plan, *, tokens: int, seqs: int) -> Merge:
     - a row to a program, 16 results at once: 7.7, 69.4, 42.1; 137.6, 85.2;
     - a row, 4 results: 71.0 (1 x 65536); 130.6, 85.9;
     - 4 rows, 8 results: 8.2, 71.3, 43.9; 131.3, 87.0.
+
+    32 x 4096 keys of one KV head of 71 query heads took 33.2 with 32 rows to a program and one
+    result at once, of the 8 that a sequence has, and 29.6 with 4 rows and 8 (2026-11-30).
     """
     queries = min(triton.cdiv(tokens, max(seqs, 1)), plan.block_q)
     if plan.max_queries is not None:  # the others are prefilled
         queries = 1
+    results = max(plan.workers // max(seqs, 1), 1)  # of a sequence
+    ahead = 2 ** (results.bit_length() - 1)
     # Tiles of many rows may be of few (padded rows count as queries): they take four programs.
     rows = max(triton.next_power_of_2(queries * plan.group) // 4, 1)
-    each = max(plan.workers // max(seqs, 1), 4)
-    ahead = min(2 ** (each.bit_length() - 1), max(32 // rows, 1), 16)
+    rows = min(rows, max(32 // ahead, 1))
+    ahead = min(max(ahead, 4), 32 // rows, 16)
     return Merge(rows, ahead, min(max(rows * ahead // 8, 1), 4))
 
 

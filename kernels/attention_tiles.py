@@ -14,9 +14,9 @@ import triton.language as tl
 
 from torch_tkv.kernels.attention_geometry import (
     Blocks,
-    known_blocks,
     load_blocks,
     query_rows,
+    rows_of,
     slot_offset,
     visible,
     walk_of,
@@ -103,7 +103,7 @@ def softmax_step(scores, factor, highest, total):
 def load_rows(
     data,  # at the KV head
     block,  # [n]
-    blocks,
+    inside,  # [n]
     tile,
     STRIDE_N: tl.constexpr,
     STRIDE_P: tl.constexpr,
@@ -111,23 +111,21 @@ def load_rows(
     BLOCK: tl.constexpr,
     plan: tl.constexpr,
 ):
-    """Return the rows [n, BLOCK] of a tile of keys, zero where there is no such block."""
-    block = block[:, None]
+    """Return the rows [n, BLOCK] of a tile of keys, zero where they are not inside."""
+    block, inside = block[:, None], inside[:, None]
     row = block.to(tl.int64) * STRIDE_N + slot_offset(tile, plan)[:, None].to(tl.int64) * STRIDE_P
     dim = tl.arange(0, BLOCK)[None, :]
-    inside = (block >= 0) & (block < blocks.num_blocks)
     if SIZE != BLOCK:
         inside = inside & (dim < SIZE)
     return tl.load(data + row + dim, mask=inside, other=0.0)
 
 
 @triton.jit
-def load_scales(cache, kv_head, block, blocks, tile, plan: tl.constexpr):
-    """Return the scales [n] of a tile of keys, zero where there is no such block."""
+def load_scales(cache, kv_head, block, inside, tile, plan: tl.constexpr):
+    """Return the scales [n] of a tile of keys, zero where they are not inside."""
     row = block.to(tl.int64) * cache.scales_stride_n
     row += slot_offset(tile, plan).to(tl.int64) * cache.scales_stride_p
     row += kv_head.to(tl.int64) * cache.scales_stride_h
-    inside = (block >= 0) & (block < blocks.num_blocks)
     return tl.load(cache.scales + row, mask=inside, other=0.0)
 
 
@@ -202,11 +200,12 @@ def attend(
     blocks,
     kv_head,
     modifiers,
+    walk,
     MASKED: tl.constexpr,  # whether some query may not see some key of these tiles
     plan: tl.constexpr,
 ):
     """Return the online softmax after the tiles `lo : hi` of keys."""
-    highest, total, acc, block = state
+    highest, total, acc, numbers = state
     MODIFIED: tl.constexpr = (plan.softcap is not None) or (
         (modifiers.slope is not None) or (modifiers.bias is not None)
     )
@@ -229,14 +228,13 @@ def attend(
         value_data = value_data.to(tl.pointer_type(tl.int16), bitcast=True)
     # See Note [Block numbers] in attention_geometry.
     for tile in range(lo, hi):
-        next_block = load_blocks(blocks, tile + 1, plan)
-        if MASKED:
-            block = known_blocks(block, blocks, tile, plan)
-        k = load_rows(key_data, block, blocks, tile, STRIDE_N, STRIDE_P, SIZE, BLOCK, plan)
+        next_numbers = load_blocks(blocks, tile + 1, plan)
+        block, inside = rows_of(numbers, blocks, tile, MASKED, plan)
+        k = load_rows(key_data, block, inside, tile, STRIDE_N, STRIDE_P, SIZE, BLOCK, plan)
         v = load_rows(
             value_data,
             block,
-            blocks,
+            inside,
             tile,
             VALUE_STRIDE_N,
             VALUE_STRIDE_P,
@@ -246,20 +244,23 @@ def attend(
         )
         scores = tl.dot(q, k.to(q.dtype).T, input_precision="ieee")  # [M, n]
         if keys.scales is not None:
-            scores *= load_scales(keys, kv_head, block, blocks, tile, plan)[None, :]
+            scores *= load_scales(keys, kv_head, block, inside, tile, plan)[None, :]
         key_position = (tile * plan.block_n + tl.arange(0, plan.block_n))[None, :]
         query_position = rows.position[:, None]
         if MODIFIED:
             scores = modify(scores * scale[:, None], key_position, query_position, modifiers, plan)
         if MASKED:
-            seen = visible(key_position, query_position, blocks.end, plan)
-            scores = tl.where(seen, scores, float("-inf"))
+            # Few tiles need it. With values in pairs a branch costs more than it saves.
+            ALWAYS: tl.constexpr = plan.pairs is not None
+            if ALWAYS | (tile < walk.masked_below) | (tile >= walk.masked_from):
+                seen = visible(key_position, query_position, blocks.end, plan)
+                scores = tl.where(seen, scores, float("-inf"))
         weights, rescale, highest, total = softmax_step(scores, factor, highest, total)
         if values.scales is not None:
-            weights *= load_scales(values, kv_head, block, blocks, tile, plan)[None, :]
+            weights *= load_scales(values, kv_head, block, inside, tile, plan)[None, :]
         acc = weighted(weights.to(q.dtype), v, acc, rescale, plan)
-        block = next_block
-    return highest, total, acc, block
+        numbers = next_numbers
+    return highest, total, acc, numbers
 
 
 @triton.jit
@@ -285,7 +286,7 @@ def attend_tile(
     batch = inputs.batch
     table = batch.block_table + number.to(tl.int64) * batch.table_stride_b
     blocks = Blocks(table, batch.table_stride_n, inputs.num_blocks, walk.begin, walk.end)
-    block = load_blocks(blocks, lo, plan)  # before the query, which is waited for
+    numbers = load_blocks(blocks, lo, plan)  # before the query, which is waited for
 
     rows = query_rows(tl.arange(0, plan.block_m), seq, first, kv_head, plan)
     q = load_query(inputs, rows, plan)
@@ -310,9 +311,9 @@ def attend_tile(
     else:
         half = tl.full([plan.block_m, plan.block_dv // 2], 0.0, tl.float32)
         acc = (half, half)  # type: ignore[assignment]
-    state = (highest, total, acc, block)
+    state = (highest, total, acc, numbers)
     tile = (q, factor, rows)
-    cache = (keys, values, blocks, kv_head, modifiers)
+    cache = (keys, values, blocks, kv_head, modifiers, walk)
     if TO_THE_END:
         if plan.window is not None:
             state = attend(state, *tile, lo, walk.masked_below, *cache, True, plan)

@@ -42,9 +42,14 @@ ROWS = gl.constexpr(64)  # of a consumer
 
 
 @gluon.jit
+def _wait_keys(ring, step):
+    mbarrier.wait(ring.k.full.index(step % STAGES), step // STAGES & 1)
+
+
+@gluon.jit
 def _start_scores(WHICH: gl.constexpr, ring, turns, q, step, plan: gl.constexpr):
     """Start to multiply queries with a tile of keys, when it is there and it is this one's turn."""
-    mbarrier.wait(ring.k.full.index(step % STAGES), step // STAGES & 1)
+    _wait_keys(ring, step)
     mbarrier.wait(turns.index(WHICH), step & 1)
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, plan.block_n, 16])
     zeros = gl.full([ROWS, plan.block_n], 0.0, gl.float32, layout=LAYOUT)
@@ -261,6 +266,10 @@ def _step(
     new, rescale, highest, total = _softmax(
         scores, (highest, total), last_tile - step, factor, scale, rows, blocks, MASKED, plan
     )
+    # ptxas moves the wait for the product ahead of the softmax, but not past the branch of another
+    # wait. Three consumers have not the registers to profit from that.
+    if plan.block_m == 2 * ROWS:
+        _wait_keys(ring, now + 1)
     acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
     mbarrier.arrive(ring.v.free.index(before % STAGES), count=1)
     LAYOUT: gl.constexpr = gl.SliceLayout(1, acc.type.layout)

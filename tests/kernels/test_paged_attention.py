@@ -521,10 +521,35 @@ def test_the_heads_of_a_group_and_the_new_tokens_share_a_tile() -> None:
     drafts = plan_decode(tokens=128, group=8)
     assert (drafts.block_m, drafts.block_q) == (32, 4)
     odd = plan_decode(group=71)
-    assert (odd.block_m, odd.block_q) == (128, 1)
+    assert (odd.block_m, odd.block_q, odd.block_n) == (128, 1, 64)
     mixed = plan_decode(tokens=1025, seqs=9)
     assert (mixed.block_m, mixed.max_queries) == (16, plans.MAX_DECODED)
     assert plan_decode(bits=8).block_n == 128
+
+
+def test_many_sequences_of_8_bits_are_decoded_by_more_and_smaller_programs() -> None:
+    many = {"tokens": 128, "seqs": 128}
+    config = plans.plan_decode(
+        BASE._replace(group=4), H200, **many, kv_heads=8, bits=8, max_keys=1024
+    )
+    assert (config.num_warps, config.plan.block_n, config.plan.workers) == (2, 64, 66)
+    assert plan_decode(**many).workers == 33
+    assert plan_decode(tokens=33, seqs=33, bits=8).workers == 33
+
+
+def test_a_tile_has_a_block_number_for_each_block_or_for_each_key() -> None:
+    for page, block_n, pairs, numbers in (
+        (16, 64, None, 4),
+        (64, 64, None, 1),
+        (256, 64, None, 1),
+        (1, 64, None, 64),
+        (24, 64, None, 64),
+        (16, 128, None, 8),
+        (16, 128, "int8", 128),
+        (16, 64, "int8", 4),
+    ):
+        plan = BASE._replace(page=page, block_n=block_n, pairs=pairs)
+        assert plan.numbers == numbers
 
 
 def test_few_sequences_merge_more_partial_results_at_once() -> None:
@@ -537,6 +562,8 @@ def test_few_sequences_merge_more_partial_results_at_once() -> None:
     ):
         sizes = {"tokens": tokens, "seqs": seqs}
         assert plans.plan_merge(plan_decode(**sizes), **sizes) == merge
+    sizes = {"tokens": 32, "seqs": 32}
+    assert plans.plan_merge(plan_decode(**sizes, kv_heads=1, group=71), **sizes) == (4, 8, 4)
 
 
 def test_prefill_takes_the_tiles_that_fit_the_gpu() -> None:
