@@ -112,12 +112,13 @@ def load_rows(
     plan: tl.constexpr,
 ):
     """Return the rows [n, BLOCK] of a tile of keys, zero where they are not inside."""
-    block, inside = block[:, None], inside[:, None]
-    row = block.to(tl.int64) * STRIDE_N + slot_offset(tile, plan)[:, None].to(tl.int64) * STRIDE_P
     dim = tl.arange(0, BLOCK)[None, :]
+    # What most tiles share is added first, and once.
+    data = data + slot_offset(tile, plan)[:, None].to(tl.int64) * STRIDE_P + dim
+    inside = inside[:, None]
     if SIZE != BLOCK:
         inside = inside & (dim < SIZE)
-    return tl.load(data + row + dim, mask=inside, other=0.0)
+    return tl.load(data + block[:, None].to(tl.int64) * STRIDE_N, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -250,8 +251,8 @@ def attend(
         if MODIFIED:
             scores = modify(scores * scale[:, None], key_position, query_position, modifiers, plan)
         if MASKED:
-            # Few tiles need it. With values in pairs a branch costs more than it saves.
-            ALWAYS: tl.constexpr = plan.pairs is not None
+            # Few tiles need it; with 128 keys of 8 bits, ptxas makes more of one without a branch.
+            ALWAYS: tl.constexpr = (plan.pairs is not None) and plan.block_n == 128
             if ALWAYS | (tile < walk.masked_below) | (tile >= walk.masked_from):
                 seen = visible(key_position, query_position, blocks.end, plan)
                 scores = tl.where(seen, scores, float("-inf"))
