@@ -21,6 +21,26 @@ def as_slots(*caches: Tensor) -> tuple[Tensor, ...]:
     return caches
 
 
+def fixed(*values: int) -> tuple[tl.constexpr, ...]:
+    """Return values that a kernel is compiled for, as it is for None, in a parameter that is plain.
+
+    The strides of a cache are such: they are the same in every call. What changes from call to call
+    has to be an argument, or every new value compiles the kernel again.
+    """
+    return tuple(map(tl.constexpr, values))
+
+
+def row_strides(rows: Tensor) -> tuple[int | tl.constexpr, ...]:
+    """Return the first two strides of `rows` [T, Hkv, D] or [T, R], fixed where calls share them.
+
+    A dimension of one may have any stride: it is 0 here. Heads that are farther apart than tokens,
+    as in [Hkv, T, D], are so by the number of tokens: their stride is an argument.
+    """
+    first, second = (rows.stride(dim) if rows.shape[dim] > 1 else 0 for dim in (0, 1))
+    is_shared = rows.stride(1) <= rows.stride(0)
+    return (*fixed(first), tl.constexpr(second) if is_shared else second)
+
+
 @triton.jit
 def find_slot(
     slot_mapping,  # [<= T]
@@ -47,14 +67,13 @@ def load_rows(
     token,  # [tokens, 1, 1]
     head,  # [1, heads, 1]
     inside,  # [tokens, heads, 1]
-    stride_t,
-    stride_h,
+    strides,  # of tokens and heads
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Return the tile [tokens, heads, BLOCK] of `rows`, zero outside of it."""
     dim = tl.arange(0, BLOCK)[None, None, :]
-    place = rows + token.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h + dim
+    place = rows + token.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + dim
     return tl.load(place, mask=inside & (dim < SIZE), other=0.0)
 
 

@@ -43,13 +43,14 @@ _MAX_SIGNATURES = 4096
 class Launch(NamedTuple):
     """One kernel launch, `kernel[grid](*tensors, *scalars, *constexprs, **options)`, or several.
 
-    `tensors` may hold tuples of tensors and other arguments.
+    `tensors` may hold tuples of tensors and other arguments; `scalars` may hold tuples and
+    constants, of which the compiled kernel has no parameter although the launch takes them.
     """
 
     kernel: JITFunction[Any]
     grid: tuple[int, ...]
     tensors: tuple[Any, ...]
-    scalars: tuple[int | float | None, ...]
+    scalars: tuple[Any, ...]
     constexprs: tuple[Any, ...]
     options: Mapping[str, Any]
     # What the operator returns: tensors that the call allocated.

@@ -18,7 +18,9 @@ from torch_tkv.kernels.cache_tiles import (
     SATURATES_AT,
     as_slots,
     find_slot,
+    fixed,
     load_rows,
+    row_strides,
     store_rows,
     to_cache,
 )
@@ -34,17 +36,11 @@ def _reshape_and_cache(
     slot_mapping,  # [<= T]
     k_scale,  # None, or float32 [] or [Hkv]
     v_scale,  # None, or float32 [] or [Hkv]
-    key_stride_t,
-    key_stride_h,
-    value_stride_t,
-    value_stride_h,
-    key_cache_stride_n,
-    key_cache_stride_p,
-    key_cache_stride_h,
+    key_strides,  # of tokens and heads
+    value_strides,
+    key_cache_strides,  # of blocks, slots and heads
     value_cache_start,  # where the values are in a cache that holds both, or None
-    value_cache_stride_n,
-    value_cache_stride_p,
-    value_cache_stride_h,
+    value_cache_strides,
     slot_mapping_stride,
     num_mapped,  # slots in slot_mapping
     num_slots,  # N * P
@@ -75,26 +71,24 @@ def _reshape_and_cache(
     values = value_cache
     if value_cache_start is not None:
         values += value_cache_start
-    key_strides = (key_cache_stride_n, key_cache_stride_p, key_cache_stride_h)
-    value_strides = (value_cache_stride_n, value_cache_stride_p, value_cache_stride_h)
     dtype: tl.constexpr = key_cache.dtype.element_ty
     dtype_v: tl.constexpr = value_cache.dtype.element_ty
     if SPLIT:
         if tl.program_id(2) == 0:
-            k = load_rows(key, token, head, inside, key_stride_t, key_stride_h, D, BLOCK_D)
+            k = load_rows(key, token, head, inside, key_strides, D, BLOCK_D)
             k = to_cache(k, k_scale, K_SCALE_STRIDE, head, is_head, dtype, LIMIT)
-            store_rows(k, key_cache, slot, head, is_head, key_strides, P, D)
+            store_rows(k, key_cache, slot, head, is_head, key_cache_strides, P, D)
         else:
-            v = load_rows(value, token, head, inside, value_stride_t, value_stride_h, DV, BLOCK_DV)
+            v = load_rows(value, token, head, inside, value_strides, DV, BLOCK_DV)
             v = to_cache(v, v_scale, V_SCALE_STRIDE, head, is_head, dtype_v, LIMIT_V)
-            store_rows(v, values, slot, head, is_head, value_strides, P, DV)
+            store_rows(v, values, slot, head, is_head, value_cache_strides, P, DV)
     else:
-        k = load_rows(key, token, head, inside, key_stride_t, key_stride_h, D, BLOCK_D)
-        v = load_rows(value, token, head, inside, value_stride_t, value_stride_h, DV, BLOCK_DV)
+        k = load_rows(key, token, head, inside, key_strides, D, BLOCK_D)
+        v = load_rows(value, token, head, inside, value_strides, DV, BLOCK_DV)
         k = to_cache(k, k_scale, K_SCALE_STRIDE, head, is_head, dtype, LIMIT)
         v = to_cache(v, v_scale, V_SCALE_STRIDE, head, is_head, dtype_v, LIMIT_V)
-        store_rows(k, key_cache, slot, head, is_head, key_strides, P, D)
-        store_rows(v, values, slot, head, is_head, value_strides, P, DV)
+        store_rows(k, key_cache, slot, head, is_head, key_cache_strides, P, D)
+        store_rows(v, values, slot, head, is_head, value_cache_strides, P, DV)
 
 
 class Plan(NamedTuple):
@@ -201,11 +195,11 @@ def prepare_write(
         grid,
         (key, value, key_cache.given, value_cache.given, slot_mapping, k_scale, v_scale),
         (
-            *key.stride()[:2],
-            *value.stride()[:2],
-            *keys.stride()[:3],
+            row_strides(key),
+            row_strides(value),
+            fixed(*keys.stride()[:3]),
             value_cache.start,
-            *values.stride()[:3],
+            fixed(*values.stride()[:3]),
             slot_mapping.stride(0),
             tokens,
             num_blocks * block_size,

@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_tkv.kernels.cache_tiles import SATURATES_AT, as_slots, find_slot, load_rows, store_rows
+from torch_tkv.kernels.cache_tiles import (
+    SATURATES_AT,
+    as_slots,
+    find_slot,
+    fixed,
+    load_rows,
+    row_strides,
+    store_rows,
+)
 from torch_tkv.kernels.launcher import DEBUG, Launch
 from torch_tkv.kernels.reshape_and_cache import plan
 
@@ -49,16 +57,15 @@ def _write(
     slot,  # [tokens, 1, 1]
     head,  # [1, heads, 1]
     inside,  # [tokens, heads, 1]
-    stride_t,
-    stride_h,
-    cache_strides,
+    strides,  # of tokens and heads
+    cache_strides,  # of blocks, slots and heads
     scale_strides,
     P: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
-    x = load_rows(rows, token, head, inside, stride_t, stride_h, SIZE, BLOCK)
+    x = load_rows(rows, token, head, inside, strides, SIZE, BLOCK)
     codes, scale = _quantize(x, cache.dtype.element_ty, LIMIT)
     store_rows(codes, cache, slot, head, inside, cache_strides, P, SIZE)
     store_rows(scale, scale_cache, slot, head, inside, scale_strides, P, 1)
@@ -73,22 +80,12 @@ def _reshape_and_cache_dynamic(
     k_scale_cache,  # [N, P, Hkv] float32
     v_scale_cache,  # [N, P, Hkv] float32
     slot_mapping,  # [<= T]
-    key_stride_t,
-    key_stride_h,
-    value_stride_t,
-    value_stride_h,
-    key_cache_stride_n,
-    key_cache_stride_p,
-    key_cache_stride_h,
-    value_cache_stride_n,
-    value_cache_stride_p,
-    value_cache_stride_h,
-    k_scale_stride_n,
-    k_scale_stride_p,
-    k_scale_stride_h,
-    v_scale_stride_n,
-    v_scale_stride_p,
-    v_scale_stride_h,
+    key_strides,  # of tokens and heads
+    value_strides,
+    key_cache_strides,  # of blocks, slots and heads
+    value_cache_strides,
+    k_scale_strides,
+    v_scale_strides,
     slot_mapping_stride,
     num_mapped,  # slots in slot_mapping
     num_slots,  # N * P
@@ -111,18 +108,13 @@ def _reshape_and_cache_dynamic(
     inside = (token < num_mapped) & (head < HKV)
     if tl.program_id(2) == 0:
         _write(
-            key, key_cache, k_scale_cache, token, slot, head, inside, key_stride_t, key_stride_h,
-            (key_cache_stride_n, key_cache_stride_p, key_cache_stride_h),
-            (k_scale_stride_n, k_scale_stride_p, k_scale_stride_h),
-            P, D, BLOCK_D, LIMIT,
+            key, key_cache, k_scale_cache, token, slot, head, inside,
+            key_strides, key_cache_strides, k_scale_strides, P, D, BLOCK_D, LIMIT,
         )  # fmt: skip
     else:
         _write(
             value, value_cache, v_scale_cache, token, slot, head, inside,
-            value_stride_t, value_stride_h,
-            (value_cache_stride_n, value_cache_stride_p, value_cache_stride_h),
-            (v_scale_stride_n, v_scale_stride_p, v_scale_stride_h),
-            P, DV, BLOCK_DV, LIMIT_V,
+            value_strides, value_cache_strides, v_scale_strides, P, DV, BLOCK_DV, LIMIT_V,
         )  # fmt: skip
 
 
@@ -147,9 +139,9 @@ def prepare(
         (*layout.grid[:2], 2),
         (key, value, key_cache, value_cache, k_scale_cache, v_scale_cache, slot_mapping),
         (
-            *key.stride()[:2],
-            *value.stride()[:2],
-            *(stride for cache in caches for stride in cache.stride()[:3]),
+            row_strides(key),
+            row_strides(value),
+            *(fixed(*cache.stride()[:3]) for cache in caches),
             slot_mapping.stride(0),
             tokens,
             num_blocks * block_size,

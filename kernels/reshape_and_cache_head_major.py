@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_tkv.kernels.cache_tiles import SATURATES_AT, find_rows, find_slot, load_rows, to_cache
+from torch_tkv.kernels.cache_tiles import (
+    SATURATES_AT,
+    find_rows,
+    find_slot,
+    fixed,
+    load_rows,
+    row_strides,
+    to_cache,
+)
 from torch_tkv.kernels.launcher import DEBUG, Launch
 from torch_tkv.kernels.reshape_and_cache import Plan, plan, scale_stride
 
@@ -59,16 +67,10 @@ def _reshape_and_cache_head_major(
     slot_mapping,  # [<= T]
     k_scale,  # None, or float32 [] or [Hkv]
     v_scale,  # None, or float32 [] or [Hkv]
-    key_stride_t,
-    key_stride_h,
-    value_stride_t,
-    value_stride_h,
-    key_cache_stride_n,
-    key_cache_stride_h,
-    key_cache_stride_c,
-    value_cache_stride_n,
-    value_cache_stride_h,
-    value_cache_stride_d,
+    key_strides,  # of tokens and heads
+    value_strides,
+    key_cache_strides,  # of blocks, heads, chunks of X and slots
+    value_cache_strides,  # of blocks, heads, elements and slots
     slot_mapping_stride,
     num_mapped,  # slots in slot_mapping
     num_slots,  # N * P
@@ -77,8 +79,6 @@ def _reshape_and_cache_head_major(
     D: tl.constexpr,
     DV: tl.constexpr,
     X: tl.constexpr,
-    STRIDE_P: tl.constexpr,  # of key_cache: X, which as an argument would not count as aligned
-    STRIDE_P_V: tl.constexpr,
     K_SCALE_STRIDE: tl.constexpr,  # None where all heads share a scale
     V_SCALE_STRIDE: tl.constexpr,
     LIMIT: tl.constexpr,  # where key_cache saturates, None where it does not
@@ -98,19 +98,19 @@ def _reshape_and_cache_head_major(
     is_head = head < HKV
     inside = (token < num_mapped) & is_head
     if tl.program_id(2) == 0:
-        k = load_rows(key, token, head, inside, key_stride_t, key_stride_h, D, BLOCK_D)
+        k = load_rows(key, token, head, inside, key_strides, D, BLOCK_D)
         k = to_cache(k, k_scale, K_SCALE_STRIDE, head, is_head, key_cache.dtype.element_ty, LIMIT)
-        key_strides = (key_cache_stride_n, STRIDE_P, key_cache_stride_h)
+        strides = (key_cache_strides[0], key_cache_strides[3], key_cache_strides[1])
         dim = tl.arange(0, BLOCK_D)[None, None, :]
-        place = key_cache + find_rows(slot, head, key_strides, P)
-        place += (dim // X).to(tl.int64) * key_cache_stride_c + dim % X
+        place = key_cache + find_rows(slot, head, strides, P)
+        place += (dim // X).to(tl.int64) * key_cache_strides[2] + dim % X
         tl.store(place, k, mask=is_head & (slot >= 0) & (dim < D))
     else:
         dtype: tl.constexpr = value_cache.dtype.element_ty
         # Names of their own: what both branches assign has to be of one shape.
-        value_strides = (value_cache_stride_n, STRIDE_P_V, value_cache_stride_h)
+        slot_strides = (value_cache_strides[0], value_cache_strides[3], value_cache_strides[1])
         value_dim = tl.arange(0, BLOCK_DV)[None, None, :]
-        column = value_cache + value_dim.to(tl.int64) * value_cache_stride_d
+        column = value_cache + value_dim.to(tl.int64) * value_cache_strides[2]
         is_value = is_head & (value_dim < DV)
         some = True
         if RUNS:
@@ -119,22 +119,20 @@ def _reshape_and_cache_head_major(
             )
             if start < num_mapped:
                 step = tl.arange(0, BLOCK_T)[:, None, None]
-                v = load_rows(
-                    value, start + step, head, is_head, value_stride_t, value_stride_h, DV, BLOCK_DV
-                )
+                v = load_rows(value, start + step, head, is_head, value_strides, DV, BLOCK_DV)
                 v = to_cache(v, v_scale, V_SCALE_STRIDE, head, is_head, dtype, LIMIT_V)
-                block = (run_slot // P).to(tl.int64) * value_cache_stride_n
-                row = block + head.to(tl.int64) * value_cache_stride_h
+                block = (run_slot // P).to(tl.int64) * value_cache_strides[0]
+                row = block + head.to(tl.int64) * value_cache_strides[1]
                 offset = tl.multiple_of(run_slot % P, BLOCK_T) + step
                 tl.store(column + row + offset, v, mask=is_value)
             # What is in no run: often nothing.
             slot = tl.where((token >= end) & (token < start), slot, -1)
             some = tl.max(slot) >= 0
         if some:
-            v = load_rows(value, token, head, inside, value_stride_t, value_stride_h, DV, BLOCK_DV)
+            v = load_rows(value, token, head, inside, value_strides, DV, BLOCK_DV)
             v = to_cache(v, v_scale, V_SCALE_STRIDE, head, is_head, dtype, LIMIT_V)
             tl.store(
-                column + find_rows(slot, head, value_strides, P), v, mask=is_value & (slot >= 0)
+                column + find_rows(slot, head, slot_strides, P), v, mask=is_value & (slot >= 0)
             )
 
 
@@ -171,16 +169,16 @@ def prepare(
         (*layout.grid[:2], 2),
         (key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale),
         (
-            *key.stride()[:2],
-            *value.stride()[:2],
-            *key_cache.stride()[:3],
-            *value_cache.stride()[:3],
+            row_strides(key),
+            row_strides(value),
+            fixed(*key_cache.stride()[:4]),
+            fixed(*value_cache.stride()),
             slot_mapping.stride(0),
             tokens,
             num_blocks * block_size,
         ),
         (
-            *(block_size, heads, *sizes, x, key_cache.stride(3), value_cache.stride(3)),
+            *(block_size, heads, *sizes, x),
             *(scale_stride(k_scale), scale_stride(v_scale)),
             *(SATURATES_AT.get(key_cache.dtype), SATURATES_AT.get(value_cache.dtype)),
             *(wrap, runs),

@@ -23,8 +23,10 @@ from torch_tkv.kernels.cache_tiles import (
     divide_to_cache,
     find_rows,
     find_slot,
+    fixed,
     load_rows,
     load_scale,
+    row_strides,
     store_rows,
 )
 from torch_tkv.kernels.device import device_of
@@ -56,23 +58,14 @@ def _rope_reshape_and_cache(
     q_weight,  # [D], or None
     k_weight,  # as q_weight
     eps,
-    query_stride_t,
-    query_stride_h,
-    key_stride_t,
-    key_stride_h,
-    value_stride_t,
-    value_stride_h,
-    cos_stride_t,
-    cos_stride_r,
-    sin_stride_t,
-    sin_stride_r,
+    query_strides,  # of tokens and heads
+    key_strides,
+    value_strides,
+    cos_strides,  # of rows and columns
+    sin_strides,
     positions_stride,
-    key_cache_stride_n,
-    key_cache_stride_p,
-    key_cache_stride_h,
-    value_cache_stride_n,
-    value_cache_stride_p,
-    value_cache_stride_h,
+    key_cache_strides,  # of blocks, slots and heads
+    value_cache_strides,
     slot_mapping_stride,
     k_scale_stride,
     v_scale_stride,
@@ -110,19 +103,17 @@ def _rope_reshape_and_cache(
 
     q_head = piece * BLOCK_HQ + tl.arange(0, BLOCK_HQ)[None, :, None]
     head = piece * BLOCK_HKV + tl.arange(0, BLOCK_HKV)[None, :, None]
-    q_row = query + token * query_stride_t + q_head.to(tl.int64) * query_stride_h
-    k_row = key + token * key_stride_t + head.to(tl.int64) * key_stride_h
+    q_row = query + token * query_strides[0] + q_head.to(tl.int64) * query_strides[1]
+    k_row = key + token * key_strides[0] + head.to(tl.int64) * key_strides[1]
     is_head = head < HKV
     q1, q2, q3 = load_heads(q_row, q_head < HQ, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
     k1, k2, k3 = load_heads(k_row, is_head, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
     k_factor = load_scale(k_scale, k_scale_stride, head, is_head)
     if value is not None:
-        v = load_rows(value, token, head, is_head, value_stride_t, value_stride_h, DV, BLOCK_DV)
+        v = load_rows(value, token, head, is_head, value_strides, DV, BLOCK_DV)
         v_factor = load_scale(v_scale, v_scale_stride, head, is_head)
     # ptxas would wait for the position before it issued these loads, but moves none past a barrier.
     tl.debug_barrier()
-    cos_strides = (cos_stride_t, cos_stride_r)
-    sin_strides = (sin_stride_t, sin_stride_r)
     q_cos, q_sin = load_angles(
         cos, sin, angle, cos_strides, sin_strides,
         BLOCK_HQ, R, BLOCK_R, INTERLEAVED, FULL_WIDTH,
@@ -145,14 +136,12 @@ def _rope_reshape_and_cache(
     store_heads(q_row, q_head < HQ, q1, q2, q3, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
     DTYPE: tl.constexpr = key_cache.dtype.element_ty
     k1, k2, k3 = heads_to_cache(k1, k2, k3, k_factor, DTYPE, K_SATURATES_AT, BLOCK_REST)
-    strides = (key_cache_stride_n, key_cache_stride_p, key_cache_stride_h)
-    k_row = key_cache + find_rows(slot, head, strides, P)
+    k_row = key_cache + find_rows(slot, head, key_cache_strides, P)
     inside = is_head & (slot >= 0)
     store_heads(k_row, inside, k1, k2, k3, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
     if value is not None:
         v = divide_to_cache(v, v_factor, value_cache.dtype.element_ty, V_SATURATES_AT)
-        strides = (value_cache_stride_n, value_cache_stride_p, value_cache_stride_h)
-        store_rows(v, value_cache, slot, head, is_head, strides, P, DV)
+        store_rows(v, value_cache, slot, head, is_head, value_cache_strides, P, DV)
 
 
 class Rung(NamedTuple):
@@ -264,7 +253,8 @@ def prepare(
     value_size = 0 if value is None else value.shape[2]
     rotary_dim = head_size if rotary_dim is None else rotary_dim
     key_blocks = key_cache.unsqueeze(1) if slot_mapping is None else key_cache
-    blocks, *value_blocks = as_slots(*(x for x in (key_blocks, value_cache) if x is not None))
+    blocks, *values = as_slots(*(x for x in (key_blocks, value_cache) if x is not None))
+    caches = (blocks, values[0] if values else None)
     normed = norm.q_weight is not None
     grid, *tiles, num_warps, registers = plan(
         tokens, query_heads, kv_heads, head_size, value_size, rotary_dim, normed
@@ -283,17 +273,10 @@ def prepare(
         ),
         (
             norm.eps,
-            *query.stride()[:2],
-            *key.stride()[:2],
-            *_strides(value, 2),
-            *cos.stride(),
-            *sin.stride(),
-            *_strides(positions, 1),
-            *blocks.stride()[:3],
-            *_strides(value_blocks[0] if value_blocks else None, 3),
-            *_strides(slot_mapping, 1),
-            *_strides(k_scale, 1),
-            *_strides(v_scale, 1),
+            *(None if rows is None else row_strides(rows) for rows in (query, key, value)),
+            *(row_strides(cos), row_strides(sin), _stride(positions)),
+            *(None if cache is None else fixed(*cache.stride()[:3]) for cache in caches),
+            *(_stride(slot_mapping), _stride(k_scale), _stride(v_scale)),
             cos.shape[0],
             0 if slot_mapping is None else slot_mapping.shape[0],
             blocks.shape[0] * blocks.shape[1],
@@ -310,7 +293,6 @@ def prepare(
     )
 
 
-def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
-    """Return the first `count` strides, 0 for dimensions that an optional tensor has not."""
-    strides = () if tensor is None else tensor.stride()
-    return (*strides, *(0,) * count)[:count]
+def _stride(tensor: Tensor | None) -> int:
+    """Return the stride of an optional vector, 0 for a scalar and for None."""
+    return 0 if tensor is None or tensor.dim() == 0 else tensor.stride(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from operators import WRITES, make_arguments, mutated, with_own_caches
 from paged import storage
 from torch import Tensor
+from triton.language import constexpr
 
 from torch_tkv import reference
-from torch_tkv.kernels.launcher import run
+from torch_tkv.kernels.launcher import Launch, run
 
 # Only of many tokens does a kernel write runs whole, into the layout that gains by it.
 TOKENS = [(stem, 80 if stem == "reshape_and_cache_head_major" else 9) for stem in WRITES]
@@ -20,8 +22,30 @@ TOKENS = [(stem, 80 if stem == "reshape_and_cache_head_major" else 9) for stem i
 TOLERANCE = {"qk_norm_rope_reshape_and_cache": 1e-5}
 
 
+def prepare(stem: str, kwargs: dict[str, Any]) -> Launch:
+    return importlib.import_module(f"torch_tkv.kernels.{stem}").prepare(**kwargs)
+
+
 def run_kernel(stem: str, kwargs: dict[str, Any]) -> Tensor | None:
-    return run(importlib.import_module(f"torch_tkv.kernels.{stem}").prepare(**kwargs))
+    return run(prepare(stem, kwargs))
+
+
+def flatten(args: tuple[Any, ...]) -> Iterator[Any]:
+    """Yield nested arguments."""
+    for arg in args:
+        if isinstance(arg, tuple):
+            yield from flatten(arg)
+        else:
+            yield arg
+
+
+def compiled_for(launch: Launch) -> list[Any]:
+    """Return what a kernel is compiled for: values of constants, kinds of other arguments."""
+    kinds = [
+        x.value if isinstance(x, constexpr) else (type(x), x == 1, x and x % 16 == 0)
+        for x in flatten(launch.scalars)
+    ]
+    return [*kinds, launch.constexprs, launch.options]
 
 
 def guard(cache: Tensor) -> Tensor:
@@ -82,3 +106,26 @@ def test_tokens_that_share_a_slot_leave_elements_of_their_own(
     for name in mutated(stem):
         candidates = torch.stack([storage(one[name]) for one in alone])
         assert (storage(kwargs[name]) == candidates).any(0).all()
+
+
+@pytest.mark.parametrize("stem", WRITES)
+def test_kernels_are_compiled_for_strides_of_rows_and_caches(device: str, stem: str) -> None:
+    launch = prepare(stem, make_arguments(stem, 144, device=device))
+    args = (*launch.tensors, *launch.scalars, *launch.constexprs)
+    named = zip(launch.kernel.arg_names, args, strict=True)
+    strides = [arg for name, arg in named if name.endswith("_strides")]
+    assert len(strides) >= 4
+    assert all(isinstance(stride, constexpr) for stride in flatten(tuple(strides)))
+
+
+@pytest.mark.parametrize("stem", [stem for stem in WRITES if stem != "concat_and_cache_mla"])
+def test_no_kernel_is_compiled_for_a_number_of_tokens(device: str, stem: str) -> None:
+    few, many = (make_arguments(stem, tokens, device=device) for tokens in (144, 160))
+    assert compiled_for(prepare(stem, few)) == compiled_for(prepare(stem, many))
+    for kwargs in (few, many):
+        for name in {"query", "key", "value"} & kwargs.keys():
+            kwargs[name] = kwargs[name].transpose(0, 1).contiguous().transpose(0, 1)  # [H, T, D]
+    launches = [prepare(stem, kwargs) for kwargs in (few, many)]
+    for kwargs, launch in zip((few, many), launches, strict=True):
+        assert kwargs["key"].stride(1) in flatten(launch.scalars)
+    assert compiled_for(launches[0]) == compiled_for(launches[1])

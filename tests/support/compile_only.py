@@ -70,7 +70,8 @@ def source_of(kernel: JITFunction, args: tuple[Any, ...]) -> ASTSource:
             element = POINTERS[arg.base.dtype].removeprefix("*")
             return f"tensordesc<{element}{list(arg.block_shape)},{arg.layout!r}>"
         is_int = isinstance(arg, int)
-        if constexpr or arg is None or (is_int and arg == 1 and specialise):
+        fixed = constexpr or arg is None or isinstance(arg, triton.language.constexpr)
+        if fixed or (is_int and arg == 1 and specialise):
             constants[path] = arg
             return "constexpr"
         if isinstance(arg, Tensor) or (is_int and arg % 16 == 0 and specialise):
