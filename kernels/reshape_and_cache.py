@@ -105,19 +105,20 @@ class Plan(NamedTuple):
 
 class _Rung(NamedTuple):
     max_tokens: float
-    program: int  # elements of a program's tile, where that takes several tokens
+    program: int  # elements of a program's tile
     thread: int  # elements of a thread
 
 
-# Few tokens need every multiprocessor and the shortest way through it; many need few programs.
-# us of 8 x 128 bf16 at 1, 64, 1024, 16384 and 65536 tokens, and of fp8 with a scale at 65536, on
-# one H200 with torch 2.11 and Triton 3.6, 2026-11-21; in the same run two copies of the bytes took
-# 2.2, 2.5, 3.6, 36.5 and 132.5.
+# us of 8 x 128 bf16 at 1, 64, 1024, 16384 and 65536 tokens, on one H200 with torch 2.11 and Triton
+# 3.6, 2026-11-30. In the same run one token a program with 8 elements a thread took 1.30, 1.37,
+# 2.52, 34.6 and 133.8, and two with 16 took 1.29, 1.35, 2.50, 34.5 and 134.2. At 65536 tokens, into
+# fp8 with a scale, programs of 1024 elements took 98 and those of 2048 took 107 (2026-11-21).
 _LADDER = (
-    _Rung(64, 0, 8),  # 1.43, 1.52, 3.06, 35.7, 135.1, 120
-    _Rung(4096, 2048, 16),  # 1.40, 1.47, 3.11, 35.8, 135.4, 107
-    _Rung(math.inf, 1024, 16),  # 1.44, 1.51, 2.84, 35.8, 135.6, 98
+    _Rung(4096, 2048, 8),  # 1.26, 1.31, 2.47
+    _Rung(math.inf, 1024, 16),  # 1.32, 1.39, 2.52, 35.0, 133.9
 )
+# Narrow rows fill a tile with many tokens only where that leaves about as many programs as this.
+_MIN_PROGRAMS = 64
 _MAX_TILE = 4096  # elements of one token's rows that a program takes
 
 
@@ -127,7 +128,8 @@ def plan(*, tokens: int, heads: int, head_size: int, value_size: int) -> Plan:
     block_d, block_dv = (triton.next_power_of_2(size) for size in (head_size, value_size))
     wide = max(block_d, block_dv)
     block_h = min(triton.next_power_of_2(heads), max(_MAX_TILE // wide, 1))
-    block_t = max(min(rung.program // (block_h * wide), triton.next_power_of_2(tokens)), 1)
+    most = max(triton.next_power_of_2(tokens // _MIN_PROGRAMS), 2)
+    block_t = max(min(rung.program // (block_h * wide), most), 1)
     # A side that is far the narrower, as the rope part of MLA, is not worth its own programs.
     split = 2 * min(block_d, block_dv) >= wide
     num_warps = min(max(block_t * block_h * wide // (rung.thread * 32), 1), 8)

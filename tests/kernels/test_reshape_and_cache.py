@@ -181,8 +181,32 @@ def test_the_plan_covers_every_token_head_and_element(
     assert plan.num_warps in (1, 2, 4, 8)
 
 
-def test_one_token_spreads_over_the_threads_and_a_narrow_side_shares_a_program() -> None:
-    assert kernel.plan(tokens=1, heads=1, head_size=1024, value_size=1024) == kernel.Plan(
-        (1, 1, 2), True, BLOCK_T=1, BLOCK_H=1, BLOCK_D=1024, BLOCK_DV=1024, num_warps=4
+def test_few_tokens_have_more_threads_and_a_narrow_side_shares_a_program() -> None:
+    row = {"heads": 1, "head_size": 1024, "value_size": 1024}
+    for tokens, blocks in ((1, 1), (64, 32), (4096, 2048)):
+        assert kernel.plan(tokens=tokens, **row) == kernel.Plan(
+            (blocks, 1, 2), True, BLOCK_T=2, BLOCK_H=1, BLOCK_D=1024, BLOCK_DV=1024, num_warps=8
+        )
+    assert kernel.plan(tokens=4097, **row) == kernel.Plan(
+        (4097, 1, 2), True, BLOCK_T=1, BLOCK_H=1, BLOCK_D=1024, BLOCK_DV=1024, num_warps=2
     )
     assert not kernel.plan(tokens=1, heads=1, head_size=512, value_size=64).SPLIT
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "size", "block_t", "num_warps"),
+    [
+        (1, 1, 64, 2, 1),
+        (64, 1, 64, 2, 1),
+        (1024, 1, 64, 16, 4),
+        (4096, 1, 64, 32, 8),
+        (64, 8, 64, 2, 4),
+        (64, 8, 256, 1, 8),
+        (1, 40, 128, 1, 8),
+    ],
+)
+def test_narrow_rows_take_tiles_of_more_tokens_where_there_are_many(
+    tokens: int, heads: int, size: int, block_t: int, num_warps: int
+) -> None:
+    plan = kernel.plan(tokens=tokens, heads=heads, head_size=size, value_size=size)
+    assert (plan.BLOCK_T, plan.num_warps) == (block_t, num_warps)
