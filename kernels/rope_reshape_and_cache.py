@@ -4,8 +4,8 @@ A pair (x, y) becomes (x cos - y sin, y cos + x sin) (RoFormer, Su et al., 2021)
 rounded once. Where heads are normed, x is x / sqrt(mean(x^2) + eps) * weight first (RMSNorm, Zhang
 and Sennrich, 2019). T tokens, Hq query heads, Hkv KV heads, head sizes D (query, key) and Dv
 (value), the first R of D rotated, N blocks of P slots. One program takes one of PIECES even shares
-of a token's heads and loads all of it before it computes. The kernel also serves the operators that
-norm first and the one that caches nothing.
+of a token's heads, those of queries in GROUPS, and loads all of it before it computes. The kernel
+also serves the operators that norm first and the one that caches nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from torch_tkv.kernels.rope_tiles import (
     heads_to_cache,
     load_angles,
     load_heads,
+    load_weight,
     rotate_heads,
     store_heads,
 )
@@ -85,11 +86,13 @@ def _rope_reshape_and_cache(
     K_SATURATES_AT: tl.constexpr,
     V_SATURATES_AT: tl.constexpr,
     PIECES: tl.constexpr,
+    GROUPS: tl.constexpr,  # of BLOCK_HQ query heads
     BLOCK_HQ: tl.constexpr,
     BLOCK_HKV: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    EVICTION: tl.constexpr,  # of cos and sin
 ):
     token = (tl.program_id(0) // PIECES).to(tl.int64)
     piece = tl.program_id(0) % PIECES
@@ -101,44 +104,50 @@ def _rope_reshape_and_cache(
     slot = slot + tl.zeros([1, 1, 1], slot.dtype)
     angle = angle + tl.zeros([1, 1, 1], angle.dtype)
 
-    q_head = piece * BLOCK_HQ + tl.arange(0, BLOCK_HQ)[None, :, None]
+    # Groups, because one tile of all query heads would need as many rows of angles.
+    q_head = piece * (GROUPS * BLOCK_HQ) + tl.arange(0, BLOCK_HQ)[None, :, None]
+    row = query + token * query_strides[0] + q_head.to(tl.int64) * query_strides[1]
+    q = ()
+    for i in tl.static_range(GROUPS):
+        rows = row + tl.full([1, 1, 1], i * BLOCK_HQ, tl.int64) * query_strides[1]
+        is_query = q_head + i * BLOCK_HQ < HQ
+        x = load_heads(rows, is_query, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
+        q += (x,)  # type: ignore[assignment]
     head = piece * BLOCK_HKV + tl.arange(0, BLOCK_HKV)[None, :, None]
-    q_row = query + token * query_strides[0] + q_head.to(tl.int64) * query_strides[1]
-    k_row = key + token * key_strides[0] + head.to(tl.int64) * key_strides[1]
     is_head = head < HKV
-    q1, q2, q3 = load_heads(q_row, q_head < HQ, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
-    k1, k2, k3 = load_heads(k_row, is_head, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
+    row = key + token * key_strides[0] + head.to(tl.int64) * key_strides[1]
+    k = load_heads(row, is_head, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
     k_factor = load_scale(k_scale, k_scale_stride, head, is_head)
     if value is not None:
         v = load_rows(value, token, head, is_head, value_strides, DV, BLOCK_DV)
         v_factor = load_scale(v_scale, v_scale_stride, head, is_head)
+    q_weights = load_weight(q_weight, BLOCK_HQ, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
+    k_weights = load_weight(k_weight, BLOCK_HKV, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
     # ptxas would wait for the position before it issued these loads, but moves none past a barrier.
     tl.debug_barrier()
-    q_cos, q_sin = load_angles(
+    q_angles = load_angles(
         cos, sin, angle, cos_strides, sin_strides,
-        BLOCK_HQ, R, BLOCK_R, INTERLEAVED, FULL_WIDTH,
+        BLOCK_HQ, R, BLOCK_R, INTERLEAVED, FULL_WIDTH, EVICTION,
     )  # fmt: skip
-    k_cos, k_sin = load_angles(
+    k_angles = load_angles(
         cos, sin, angle, cos_strides, sin_strides,
-        BLOCK_HKV, R, BLOCK_R, INTERLEAVED, FULL_WIDTH,
+        BLOCK_HKV, R, BLOCK_R, INTERLEAVED, FULL_WIDTH, EVICTION,
     )  # fmt: skip
 
-    q1, q2, q3 = rotate_heads(
-        q1, q2, q3, q_cos, q_sin, q_weight, eps, query.dtype.element_ty,
-        D, R, BLOCK_R, BLOCK_REST, INTERLEAVED, WEIGHT_PLUS_ONE,
-    )  # fmt: skip
-    k1, k2, k3 = rotate_heads(
-        k1, k2, k3, k_cos, k_sin, k_weight, eps, key.dtype.element_ty,
-        D, R, BLOCK_R, BLOCK_REST, INTERLEAVED, WEIGHT_PLUS_ONE,
-    )  # fmt: skip
-
-    q_row = out + (token * HQ + q_head) * D
-    store_heads(q_row, q_head < HQ, q1, q2, q3, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
-    DTYPE: tl.constexpr = key_cache.dtype.element_ty
-    k1, k2, k3 = heads_to_cache(k1, k2, k3, k_factor, DTYPE, K_SATURATES_AT, BLOCK_REST)
-    k_row = key_cache + find_rows(slot, head, key_cache_strides, P)
-    inside = is_head & (slot >= 0)
-    store_heads(k_row, inside, k1, k2, k3, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
+    k = rotate_heads(
+        k, k_angles, k_weights, eps, key.dtype.element_ty, D, BLOCK_REST, WEIGHT_PLUS_ONE
+    )
+    row = out + (token * HQ + q_head) * D
+    for i in tl.static_range(GROUPS):
+        x = rotate_heads(
+            q[i], q_angles, q_weights, eps, query.dtype.element_ty, D, BLOCK_REST, WEIGHT_PLUS_ONE
+        )
+        rows = row + i * BLOCK_HQ * D
+        is_query = q_head + i * BLOCK_HQ < HQ
+        store_heads(rows, is_query, x, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
+    k = heads_to_cache(k, k_factor, key_cache.dtype.element_ty, K_SATURATES_AT, BLOCK_REST)
+    row = key_cache + find_rows(slot, head, key_cache_strides, P)
+    store_heads(row, is_head & (slot >= 0), k, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
     if value is not None:
         v = divide_to_cache(v, v_factor, value_cache.dtype.element_ty, V_SATURATES_AT)
         store_rows(v, value_cache, slot, head, is_head, value_cache_strides, P, DV)
@@ -150,23 +159,28 @@ class Rung(NamedTuple):
     tokens: float
     elements: int
     warps: int
+    groups: int = 1  # of query heads, which take turns in one tile of angles
+    keeps_angles: bool = False  # in L1 and L2, which the rows of many tokens pass through
     registers: int | None = None  # of a thread, at most
 
 
-# us of 32 query and 8 KV heads of 128 bf16 at 1, 64, 1024 and 65536 tokens, on one H200 with torch
-# 2.11 and Triton 3.6, 2026-11-21; in the same run a copy of the bytes took 1.25, 1.55, 4.5 and 381.
+# us of 32 query and 8 KV heads of 128 bf16 at 1, 64, 1024, 16384 and 65536 tokens with slots in
+# blocks, on one H200 with torch 2.11 and Triton 3.6, 2026-11-30. With strides that were arguments
+# the rungs of then, which had no groups, took 1.44, 1.99, 5.47, 103.2 and 398 in the same run.
 _LADDER = (
-    Rung(tokens=8, elements=1024, warps=4),  # 1.56, 2.10, 11.5, 646
-    Rung(tokens=128, elements=2048, warps=4),  # 1.54, 1.95, 7.14, 452
-    Rung(tokens=float("inf"), elements=4096, warps=2),  # 1.81, 2.02, 5.56, 400
+    Rung(tokens=8, elements=1024, warps=4),  # 1.55, 1.95
+    Rung(tokens=128, elements=2048, warps=4),  # 1.45, 1.92
+    Rung(tokens=4096, elements=4096, warps=2),  # -, 2.07, 5.24, 103.6, 401
+    # -, 2.08, 5.63, 101.8, 395
+    Rung(tokens=float("inf"), elements=4096, warps=2, groups=2, keeps_angles=True),
 )
-# After a norm, programs of the last rung have 99 registers a thread, 68 without. In random slots
-# they took 6.7, 116 and 455 at 1024, 16384 and 65536 tokens; rotating alone took 5.6, 103 and
-# 404. These take 6.1, 101 and 404 with slots in blocks; rotating alone takes 5.7, 100 and 400 (two
-# H200s, Triton 3.6, 2026-11-21).
+# After a norm, programs of 4096 elements have 99 registers a thread, 68 without, and took 6.7, 116
+# and 455 at 1024, 16384 and 65536 tokens in random slots (2026-11-21). Groups took 6.09, 103.6 and
+# 401 with slots in blocks, on 2026-11-30 as the numbers here; rotating alone, 5.51, 103.0 and 399.
 _NORM_LADDER = (
-    *_LADDER[:2],
-    Rung(tokens=float("inf"), elements=2048, warps=2, registers=64),
+    *_LADDER[:2],  # 1.51, 2.07; 1.61, 2.08
+    # -, -, 5.71, 102.2, 398
+    Rung(tokens=float("inf"), elements=2048, warps=2, keeps_angles=True, registers=64),
 )
 
 
@@ -175,11 +189,13 @@ class Plan(NamedTuple):
 
     grid: tuple[int]
     PIECES: int
+    GROUPS: int
     BLOCK_HQ: int
     BLOCK_HKV: int
     BLOCK_R: int
     BLOCK_REST: int  # 0 where all of a head is rotated
     BLOCK_DV: int
+    EVICTION: str  # of cos and sin
     num_warps: int
     registers: int | None = None  # of a thread, at most
 
@@ -202,15 +218,18 @@ def plan(
     row = 2 * block_r + block_rest
     elements = query_heads * row + kv_heads * (row + block_dv)
     pieces = triton.next_power_of_2(triton.cdiv(elements, rung.elements))
-    block_hq, block_hkv = (
+    share, block_hkv = (
         triton.next_power_of_2(triton.cdiv(heads, pieces)) for heads in (query_heads, kv_heads)
     )
-    pieces = max(triton.cdiv(query_heads, block_hq), triton.cdiv(kv_heads, block_hkv))
-    share = block_hq * row + block_hkv * (row + block_dv)
+    pieces = max(triton.cdiv(query_heads, share), triton.cdiv(kv_heads, block_hkv))
+    elements = share * row + block_hkv * (row + block_dv)
     # At least 4 elements a thread.
-    num_warps = min(rung.warps, triton.next_power_of_2(triton.cdiv(share, 4 * 32)))
-    blocks = (pieces, block_hq, block_hkv, block_r, block_rest, block_dv)
-    return Plan((tokens * pieces,), *blocks, num_warps, rung.registers)
+    num_warps = min(rung.warps, triton.next_power_of_2(triton.cdiv(elements, 4 * 32)))
+    # A thread takes 8 elements of each half of the pairs of a group: 16 bytes of a 16-bit float.
+    groups = max(min(rung.groups, share, share * block_r // (8 * 32 * num_warps)), 1)
+    blocks = (pieces, groups, share // groups, block_hkv, block_r, block_rest, block_dv)
+    eviction = "evict_last" if rung.keeps_angles else ""
+    return Plan((tokens * pieces,), *blocks, eviction, num_warps, rung.registers)
 
 
 class Norm(NamedTuple):

@@ -3,6 +3,9 @@
 The first R of the D elements of a head form R / 2 pairs, (j, j + R / 2), or (2 j, 2 j + 1) where
 INTERLEAVED. A tile of heads is a triple: the pairs' first elements and their second ones, both
 [1, heads, BLOCK_R], and the elements [1, heads, BLOCK_REST] past R, or 0 where there are none.
+What tiles of heads have in common, angles and weights, is a tile of a row for each head, so that a
+thread has those of its own elements. Of one row for all heads it would have others, and Triton
+would pass the heads through shared memory to and fro.
 """
 
 from __future__ import annotations
@@ -21,19 +24,22 @@ def load_pairs(
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
     """Return the first and the second elements of the pairs of each row."""
     HALF: tl.constexpr = R // 2
     if INTERLEAVED:
         # One wide load that threads take apart: elements of a pair share no 16-byte access else.
         dim = tl.arange(0, 2 * BLOCK_R)[None, None, :]
-        x = tl.load(row + dim * stride, mask=inside & (dim < R), other=0.0)
+        inside = inside & (dim < R)
+        x = tl.load(row + dim * stride, mask=inside, other=0.0, eviction_policy=EVICTION)
         first, second = tl.split(tl.reshape(x, [1, x.shape[1], BLOCK_R, 2]))
     else:
         pair = tl.arange(0, BLOCK_R)[None, None, :]
         inside = inside & (pair < HALF)
-        first = tl.load(row + pair * stride, mask=inside, other=0.0)
-        second = tl.load(row + (pair + HALF) * stride, mask=inside, other=0.0)
+        left, right = row + pair * stride, row + (pair + HALF) * stride
+        first = tl.load(left, mask=inside, other=0.0, eviction_policy=EVICTION)
+        second = tl.load(right, mask=inside, other=0.0, eviction_policy=EVICTION)
     return first, second
 
 
@@ -66,14 +72,15 @@ def load_angles(
     BLOCK_R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     FULL_WIDTH: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
     """Return the cos and the sin of a tile of heads: each a pair [1, HEADS, BLOCK_R] of float32.
 
     The first and the second elements of the heads' pairs are multiplied with the first and the
     second of it.
     """
-    c = _load_table(cos, angle, cos_strides, HEADS, R, BLOCK_R, INTERLEAVED, FULL_WIDTH)
-    s = _load_table(sin, angle, sin_strides, HEADS, R, BLOCK_R, INTERLEAVED, FULL_WIDTH)
+    c = _load_table(cos, angle, cos_strides, HEADS, R, BLOCK_R, INTERLEAVED, FULL_WIDTH, EVICTION)
+    s = _load_table(sin, angle, sin_strides, HEADS, R, BLOCK_R, INTERLEAVED, FULL_WIDTH, EVICTION)
     return c, s
 
 
@@ -87,15 +94,15 @@ def _load_table(
     BLOCK_R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     FULL_WIDTH: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
-    # Each head loads the row, so that a thread has the angles of its own elements. Of a row for all
-    # heads it would have others, and Triton would pass the heads through shared memory to and fro.
     row = tl.broadcast_to(table + angle.to(tl.int64) * strides[0], [1, HEADS, 1])
     if FULL_WIDTH:  # a column an element
-        first, second = load_pairs(row, strides[1], angle >= 0, R, BLOCK_R, INTERLEAVED)
+        first, second = load_pairs(row, strides[1], angle >= 0, R, BLOCK_R, INTERLEAVED, EVICTION)
     else:  # a column a pair
         pair = tl.arange(0, BLOCK_R)[None, None, :]
-        first = tl.load(row + pair * strides[1], mask=(angle >= 0) & (pair < R // 2), other=0.0)
+        place, inside = row + pair * strides[1], (angle >= 0) & (pair < R // 2)
+        first = tl.load(place, mask=inside, other=0.0, eviction_policy=EVICTION)
         second = first
     return first.to(tl.float32), second.to(tl.float32)
 
@@ -111,7 +118,7 @@ def load_heads(
     INTERLEAVED: tl.constexpr,
 ):
     """Return a tile of heads in the dtype of the model."""
-    first, second = load_pairs(row, 1, inside, R, BLOCK_R, INTERLEAVED)
+    first, second = load_pairs(row, 1, inside, R, BLOCK_R, INTERLEAVED, "")
     rest = 0.0
     if BLOCK_REST > 0:
         dim = R + tl.arange(0, BLOCK_REST)[None, None, :]
@@ -120,12 +127,29 @@ def load_heads(
 
 
 @triton.jit
+def load_weight(
+    weight,  # [D], or None where heads are not normed
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Return the weight of a norm as a tile of heads, or None."""
+    heads = None
+    if weight is not None:
+        rows = tl.broadcast_to(weight, [1, HEADS, 1])
+        everywhere = tl.zeros([1, 1, 1], tl.int32) == 0
+        heads = load_heads(rows, everywhere, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
+    return heads
+
+
+@triton.jit
 def store_heads(
     row,  # [1, heads, 1] pointers
     inside,  # [1, heads, 1]
-    first,
-    second,
-    rest,
+    heads,
     D: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -134,6 +158,7 @@ def store_heads(
 ):
     """Store a tile of heads that has the dtype of its destination."""
     HALF: tl.constexpr = R // 2
+    first, second, rest = heads
     if INTERLEAVED:
         dim = tl.arange(0, 2 * BLOCK_R)[None, None, :]
         x = tl.reshape(tl.join(first, second), [1, first.shape[1], 2 * BLOCK_R])
@@ -149,39 +174,31 @@ def store_heads(
 
 @triton.jit
 def rotate_heads(
-    first,
-    second,
-    rest,
-    cos,  # a pair, as of load_angles
-    sin,
-    weight,  # [D], or None where the heads are not normed
+    heads,
+    angles,  # as of load_angles
+    weight,  # as of load_weight
     eps,
     DTYPE: tl.constexpr,
     D: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
     WEIGHT_PLUS_ONE: tl.constexpr,
 ):
     """Return a tile of heads, normed and rotated in float32, rounded once to DTYPE."""
+    first, second, rest = heads
+    cos, sin = angles
     x = first.to(tl.float32)
     y = second.to(tl.float32)
     if BLOCK_REST > 0:
         rest = rest.to(tl.float32)
     if weight is not None:
-        everywhere = tl.zeros([1, 1, 1], tl.int32) == 0
-        # A row a head, as in _load_table.
-        weights = tl.broadcast_to(weight, [1, x.shape[1], 1])
-        w_x, w_y, w_rest = load_heads(weights, everywhere, D, R, BLOCK_R, BLOCK_REST, INTERLEAVED)
         squares = tl.sum(x * x + y * y, 2, keep_dims=True)
         if BLOCK_REST > 0:
             squares += tl.sum(rest * rest, 2, keep_dims=True)
         inverse = tl.rsqrt(squares / D + eps)
-        x = _scale(x, inverse, w_x, WEIGHT_PLUS_ONE)
-        y = _scale(y, inverse, w_y, WEIGHT_PLUS_ONE)
+        x = _scale(x, inverse, weight[0], WEIGHT_PLUS_ONE)
+        y = _scale(y, inverse, weight[1], WEIGHT_PLUS_ONE)
         if BLOCK_REST > 0:
-            rest = _scale(rest, inverse, w_rest, WEIGHT_PLUS_ONE)
+            rest = _scale(rest, inverse, weight[2], WEIGHT_PLUS_ONE)
     # A launch without fp fusion rounds the products as x * cos + rotate_half(x) * sin does.
     first = (x * cos[0] - y * sin[0]).to(DTYPE)
     second = (y * cos[1] + x * sin[1]).to(DTYPE)
@@ -200,15 +217,14 @@ def _scale(x, inverse, weight, WEIGHT_PLUS_ONE: tl.constexpr):
 
 @triton.jit
 def heads_to_cache(
-    first,
-    second,
-    rest,
+    heads,
     factor,  # as of load_scale
     DTYPE: tl.constexpr,
     SATURATES_AT: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
     """Return a tile of heads as `divide_to_cache` rounds it."""
+    first, second, rest = heads
     first = divide_to_cache(first, factor, DTYPE, SATURATES_AT)
     second = divide_to_cache(second, factor, DTYPE, SATURATES_AT)
     if BLOCK_REST > 0:

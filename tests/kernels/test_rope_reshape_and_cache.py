@@ -54,6 +54,22 @@ def test_the_kernel_writes_what_the_reference_writes(
     assert_kernel_equals_reference(kwargs, rotary_dim=rotary_dim, interleaved=True)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "head_size", "rotary_dim"),
+    [((32, 8), 128, None), ((29, 3), 80, 64), ((15, 8), 256, None)],
+)
+def test_groups_of_query_heads_are_rotated_as_the_reference_rotates(
+    device: str, monkeypatch: pytest.MonkeyPatch, heads, head_size, rotary_dim, interleaved
+) -> None:
+    monkeypatch.setattr(kernel, "_LADDER", kernel._LADDER[-1:])
+    kwargs = arguments(7, heads, head_size, rotary_dim=rotary_dim, device=device)
+    launch = kernel.prepare(**kwargs, rotary_dim=rotary_dim)
+    args = (*launch.tensors, *launch.scalars, *launch.constexprs)
+    assert args[launch.kernel.arg_names.index("GROUPS")] == 2
+    assert_kernel_equals_reference(kwargs, interleaved=interleaved, rotary_dim=rotary_dim)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -75,7 +91,7 @@ def test_the_kernel_is_bit_equal_to_the_reference_on_a_gpu(
     dtype, interleaved, heads, head_size, rotary_dim, block_size
 ) -> None:
     options = {"dtype": dtype, "cache_dtype": dtype, "angle_dtype": dtype, "device": "cuda"}
-    for tokens in (1, 33, 1000):
+    for tokens in (1, 33, 1000, 5000):
         kwargs = arguments(
             tokens, heads, head_size, rotary_dim=rotary_dim, block_size=block_size, **options
         )
@@ -128,31 +144,52 @@ def test_a_short_slot_mapping_rotates_every_query(device: str, wrap: bool) -> No
     ("heads", "head_size", "value_size", "rotary_dim"),
     [((32, 8), 128, 128, 128), ((7, 1), 46, 24, 46), ((71, 1), 64, 64, 32), ((2, 5), 96, 0, 96)],
 )
-@pytest.mark.parametrize("tokens", [0, 1, 8, 9, 70000])
+@pytest.mark.parametrize("tokens", [0, 1, 8, 9, 1000, 70000])
 def test_the_plan_covers_every_head_and_element(
     tokens: int, heads, head_size, value_size, rotary_dim
 ) -> None:
     plan = kernel.plan(tokens, *heads, head_size, value_size, rotary_dim)
     assert plan.grid == (tokens * plan.PIECES,)
-    assert heads[0] <= plan.PIECES * plan.BLOCK_HQ
+    assert heads[0] <= plan.PIECES * plan.GROUPS * plan.BLOCK_HQ
     assert heads[1] <= plan.PIECES * plan.BLOCK_HKV
     assert rotary_dim <= 2 * plan.BLOCK_R
     assert head_size - rotary_dim <= plan.BLOCK_REST
     assert value_size <= plan.BLOCK_DV
-    for block in plan[2:-1]:
+    for block in (*plan[2:8], plan.num_warps):
         assert block & (block - 1) == 0
 
 
 def test_few_tokens_are_spread_over_more_programs() -> None:
     sizes = (32, 8, 128, 128, 128)
-    assert kernel.plan(1, *sizes) == kernel.Plan((8,), 8, 4, 1, 64, 0, 128, 4)
-    assert kernel.plan(64, *sizes) == kernel.Plan((256,), 4, 8, 2, 64, 0, 128, 4)
-    assert kernel.plan(1000, *sizes) == kernel.Plan((2000,), 2, 16, 4, 64, 0, 128, 2)
+    assert kernel.plan(1, *sizes) == kernel.Plan((8,), 8, 1, 4, 1, 64, 0, 128, "", 4)
+    assert kernel.plan(64, *sizes) == kernel.Plan((256,), 4, 1, 8, 2, 64, 0, 128, "", 4)
+    assert kernel.plan(1000, *sizes) == kernel.Plan((2000,), 2, 1, 16, 4, 64, 0, 128, "", 2)
     assert kernel.plan(1, 2, 1, 16, 16, 16).num_warps == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        ((32, 8, 128, 128, 128), (2, 8, 4)),
+        ((32, 8, 64, 64, 64), (2, 16, 8)),
+        ((16, 8, 256, 256, 256), (2, 4, 4)),
+        ((28, 4, 128, 128, 128), (2, 8, 2)),
+        ((32, 32, 128, 128, 128), (1, 8, 8)),
+        ((8, 1, 128, 128, 128), (1, 8, 1)),
+        ((32, 8, 128, 128, 64), (1, 16, 4)),
+        ((1, 1, 64, 64, 64), (1, 1, 1)),
+    ],
+)
+def test_many_tokens_share_angles_among_groups_of_query_heads_of_wide_loads(
+    sizes: tuple[int, ...], groups: tuple[int, ...]
+) -> None:
+    plan = kernel.plan(70000, *sizes)
+    assert groups == (plan.GROUPS, plan.BLOCK_HQ, plan.BLOCK_HKV)
+    assert (plan.num_warps, plan.EVICTION) == (2, "evict_last")
 
 
 def test_after_a_norm_many_tokens_take_more_programs_of_fewer_registers() -> None:
     sizes = (32, 8, 128, 128, 128)
     assert kernel.plan(64, *sizes, normed=True) == kernel.plan(64, *sizes)
     normed = kernel.plan(1000, *sizes, normed=True)
-    assert normed == kernel.Plan((4000,), 4, 8, 2, 64, 0, 128, 2, 64)
+    assert normed == kernel.Plan((4000,), 4, 1, 8, 2, 64, 0, 128, "evict_last", 2, 64)

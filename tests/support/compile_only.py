@@ -197,10 +197,13 @@ def rope_launches(
     run(qk_norm_rope_reshape_and_cache.prepare(*args, weight, weight, 1e-6))
     yield f"qk_norm_rope_reshape_and_cache {name}"
     if heads == 8:
-        query, key, value, slots = (x.repeat_interleave(99, 0) for x in (query, key, value, slots))
+        query, key, value, slots = (x.repeat_interleave(999, 0) for x in (query, key, value, slots))
         args = (query, key, value, cos, cos, slots, *caches, slots)
         run(qk_norm_rope_reshape_and_cache.prepare(*args, weight, weight, 1e-6))
         yield f"qk_norm_rope_reshape_and_cache many tokens {name}"
+        for interleaved in (False, True):
+            run(rope_reshape_and_cache.prepare(*args, interleaved=interleaved))
+            yield f"rope_reshape_and_cache many tokens {name}"
 
 
 def cache_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
