@@ -221,6 +221,8 @@ def plan(
     share, block_hkv = (
         triton.next_power_of_2(triton.cdiv(heads, pieces)) for heads in (query_heads, kv_heads)
     )
+    if share * row + block_hkv * (row + block_dv) > rung.elements:
+        share = max(share // 2, 1)  # of 40 heads in 2 pieces it was 32
     pieces = max(triton.cdiv(query_heads, share), triton.cdiv(kv_heads, block_hkv))
     elements = share * row + block_hkv * (row + block_dv)
     # At least 4 elements a thread.

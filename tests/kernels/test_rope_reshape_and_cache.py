@@ -188,6 +188,16 @@ def test_many_tokens_share_angles_among_groups_of_query_heads_of_wide_loads(
     assert (plan.num_warps, plan.EVICTION) == (2, "evict_last")
 
 
+@pytest.mark.parametrize("tokens", [1, 64, 1000, 70000])
+@pytest.mark.parametrize("normed", [False, True])
+def test_heads_that_are_no_power_of_two_do_not_make_larger_programs(tokens, normed) -> None:
+    even, uneven = (
+        kernel.plan(tokens, heads, 8, 128, 128, 128, normed=normed) for heads in (32, 40)
+    )
+    assert uneven.GROUPS * uneven.BLOCK_HQ <= even.GROUPS * even.BLOCK_HQ
+    assert uneven.PIECES <= 2 * even.PIECES
+
+
 def test_after_a_norm_many_tokens_take_more_programs_of_fewer_registers() -> None:
     sizes = (32, 8, 128, 128, 128)
     assert kernel.plan(64, *sizes, normed=True) == kernel.plan(64, *sizes)
