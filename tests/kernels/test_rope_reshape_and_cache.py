@@ -161,7 +161,7 @@ def test_the_plan_covers_every_head_and_element(
 
 def test_few_tokens_are_spread_over_more_programs() -> None:
     sizes = (32, 8, 128, 128, 128)
-    assert kernel.plan(1, *sizes) == kernel.Plan((8,), 8, 1, 4, 1, 64, 0, 128, "", 4)
+    assert kernel.plan(1, *sizes) == kernel.Plan((4,), 4, 1, 8, 2, 64, 0, 128, "", 4)
     assert kernel.plan(64, *sizes) == kernel.Plan((256,), 4, 1, 8, 2, 64, 0, 128, "", 4)
     assert kernel.plan(1000, *sizes) == kernel.Plan((2000,), 2, 1, 16, 4, 64, 0, 128, "", 2)
     assert kernel.plan(1, 2, 1, 16, 16, 16).num_warps == 1
@@ -200,6 +200,8 @@ def test_heads_that_are_no_power_of_two_do_not_make_larger_programs(tokens, norm
 
 def test_after_a_norm_many_tokens_take_more_programs_of_fewer_registers() -> None:
     sizes = (32, 8, 128, 128, 128)
-    assert kernel.plan(64, *sizes, normed=True) == kernel.plan(64, *sizes)
+    few, more = (kernel.plan(tokens, *sizes, normed=True) for tokens in (8, 9))
+    assert few == kernel.Plan((64,), 8, 1, 4, 1, 64, 0, 128, "", 4)
+    assert more == kernel.Plan((36,), 4, 1, 8, 2, 64, 0, 128, "", 2)
     normed = kernel.plan(1000, *sizes, normed=True)
     assert normed == kernel.Plan((4000,), 4, 1, 8, 2, 64, 0, 128, "evict_last", 2, 64)
