@@ -29,11 +29,17 @@ def add_dtype_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
 
 
-def make_slots(tokens: int, sets: int) -> tuple[int, list[Tensor]]:
-    """Return a number of blocks, and for each set the slots of `tokens` in pages of its own."""
+def make_slots(tokens: int, sets: int, near: int | None = None) -> tuple[int, list[Tensor]]:
+    """Return a number of blocks, and for each set the slots of `tokens` in pages of its own.
+
+    Pages lie anywhere or, if `near` is given, among as many neighbours.
+    """
     pages = -(-tokens // P)
     num_blocks = max(sets * pages, MIN_BLOCKS)
-    order = torch.randperm(num_blocks, device=DEVICE)[: sets * pages]
+    runs = num_blocks // near if near else 1
+    order = torch.rand(runs, num_blocks // runs, device=DEVICE).argsort(1)
+    order += torch.arange(runs, device=DEVICE)[:, None] * (num_blocks // runs)
+    order = order.flatten()[: sets * pages]
     slots = order.view(sets, pages, 1) * P + torch.arange(P, device=DEVICE)
     return num_blocks, list(slots.flatten(1)[:, :tokens].contiguous())
 

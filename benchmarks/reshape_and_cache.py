@@ -39,13 +39,13 @@ def make_cases(tokens: int, sets: int, options: argparse.Namespace) -> Iterator[
     """Yield a case for each layout and dtype of the cache."""
     for layout in options.layouts:
         for name in options.dtypes:
-            yield make_case(tokens, sets, layout, name)
+            yield make_case(tokens, sets, layout, name, options.near)
 
 
-def make_case(tokens: int, sets: int, layout: str, name: str) -> Case:
+def make_case(tokens: int, sets: int, layout: str, name: str, near: int | None) -> Case:
     """Return all ways to write `tokens` keys and values into a cache of one layout and dtype."""
     dtype = DTYPES[name]
-    num_blocks, slots = make_slots(tokens, sets)
+    num_blocks, slots = make_slots(tokens, sets, near)
     caches = make_caches(layout, dtype, num_blocks)
     kv = make_rows(tokens, sets, HKV, HKV)
 
@@ -127,4 +127,5 @@ def flashinfer_calls(
 if __name__ == "__main__":
     parser = harness.parser(__doc__)
     add_cache_options(parser)
+    parser.add_argument("--near", type=int, metavar="BLOCKS", help="permute blocks among so many")
     harness.run("reshape_and_cache", make_cases, parser.parse_args())

@@ -63,6 +63,7 @@ def make_operator_cases(module: str, tokens: int, sets: int) -> list:
         "slots": ["pages", "random"],
         "kv_dims": [0, 1, -1],
         "layers": [1, 3],
+        "near": None,
     }
     make_cases = importlib.import_module(module).make_cases
     return list(make_cases(tokens, sets, argparse.Namespace(**options)))
@@ -120,6 +121,15 @@ def test_slots_are_each_used_once_and_random_ones_in_no_order() -> None:
             assert used.max() < num_blocks * 16
     follow = (slots[0].diff() == 1).float().mean()
     assert follow < 0.01
+
+
+def test_near_pages_are_permuted_among_neighbours_only() -> None:
+    inputs = importlib.import_module("inputs")
+    _, (slots,) = inputs.make_slots(65536, 1, near=64)
+    pages = slots[::16] // 16
+    assert torch.equal(pages // 64, torch.arange(4096) // 64)
+    assert not torch.equal(pages, torch.arange(4096))
+    assert torch.equal(inputs.make_slots(65536, 1, near=1)[1][0], torch.arange(65536))
 
 
 def test_a_progress_bar_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
