@@ -1,10 +1,12 @@
 """What attention is given, and who attends to what: ragged batches, tiles of queries, blocks.
 
-A tile has M rows of queries, which are the G heads of a group for each of a few tokens, and n keys.
+The rows of a sequence are the G heads of a group for each of its tokens: row r is head r % G of
+token r // G. A tile is of n keys, or of M rows of queries: consecutive ones, and padding.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -25,8 +27,8 @@ class Plan(NamedTuple):
             when the kernel runs costs decoding 3% (H200, Triton 3.6, 2026-11-21).
         causal, window, softcap: as in `torch_tkv.paged_attention`.
         block_d, block_dv: D and Dv, rounded up to a power of 2.
-        block_q: tokens of a tile of queries.
-        block_m: its rows, at least block_q * group; a power of 2, or 192 on Hopper.
+        tile_rows: rows of a sequence that a tile of queries takes.
+        block_m: rows that are computed for them; a power of 2, or 192 on Hopper.
         block_n: keys of a tile; a power of 2.
         block_b: sequences, of which each program scans all (decode) or as many at a time (prefill).
         pairs: values of 8 bits are read in pairs of this kind; None for one by one.
@@ -46,7 +48,7 @@ class Plan(NamedTuple):
     softcap: float | None
     block_d: int
     block_dv: int
-    block_q: int = 0
+    tile_rows: int = 0
     block_m: int = 0
     block_n: int = 0
     block_b: int = 0
@@ -65,6 +67,21 @@ class Plan(NamedTuple):
             return 1
         whole = self.block_n % self.page == 0 and (self.pairs is None or self.block_n < 128)
         return self.block_n // self.page if whole else self.block_n
+
+    @property
+    def tile_tokens(self) -> tuple[int, int]:
+        """Return the tokens of a tile of queries, tile_rows / group, in lowest terms.
+
+        Kernels whose tiles take whole tokens so divide by 1.
+        """
+        common = math.gcd(self.tile_rows, self.group)
+        return self.tile_rows // common, self.group // common
+
+    @property
+    def most_tokens(self) -> int:
+        """Return how many tokens a tile of queries has rows of, at most."""
+        rows, group = self.tile_tokens
+        return (rows - 2) // group + 2
 
 
 class Batch(NamedTuple):
@@ -167,11 +184,31 @@ def tiles_of(keys, plan: tl.constexpr):
     return (keys + plan.block_n - 1) // plan.block_n
 
 
+@triton.jit
+def query_tiles(tokens, plan: tl.constexpr):
+    """Return how many tiles of queries hold the rows of that many tokens."""
+    return (tokens * plan.tile_tokens[1] + plan.tile_tokens[0] - 1) // plan.tile_tokens[0]
+
+
+@triton.jit
+def full_query_tiles(tokens, plan: tl.constexpr):
+    """Return how many tiles of queries the rows of that many tokens fill."""
+    return tokens * plan.tile_tokens[1] // plan.tile_tokens[0]
+
+
+@triton.jit
+def tokens_of(query_tile, plan: tl.constexpr):
+    """Return the first token of a tile of queries of a sequence, and the one after the last."""
+    begin = query_tile * plan.tile_tokens[0]
+    end = begin + plan.tile_tokens[0]
+    return begin // plan.tile_tokens[1], (end + plan.tile_tokens[1] - 1) // plan.tile_tokens[1]
+
+
 # Note [Query tiles of a ragged batch]
 # The prefilling grid may depend on shapes only, so which sequence a tile belongs to is found on the
-# device. With Q queries a tile, sequence b owns the tiles from query_start_loc[b] // Q + b on. It
-# needs ceil(n / Q) of them for its n queries, and floor(s / Q) + ceil(n / Q) <= floor((s + n) / Q)
-# + 1, so the tiles of two sequences never meet, and T // Q + B + 1 tiles serve every batch. The
+# device. With R rows a tile, sequence b owns the tiles from s // R + b on where s rows precede it.
+# It needs ceil(n / R) of them for its n rows, and floor(s / R) + ceil(n / R) <= floor((s + n) / R)
+# + 1, so the tiles of two sequences never meet, and T * G // R + B + 1 tiles serve every batch. The
 # padded rows behind the last sequence are one more sequence, B, of no keys: its tiles write zeros.
 
 
@@ -190,8 +227,8 @@ def sequence_of(tile, lanes, batch, num_seqs, num_tokens, max_keys, plan: tl.con
     for first in range(0, num_seqs + 1, plan.block_b):
         b = first + lanes
         seqs = sequence(b, batch, num_seqs, num_tokens, max_keys)
-        begins = seqs.start // plan.block_q + b <= tile
-        goes_on = (seqs.start + seqs.count) // plan.block_q + b >= tile
+        begins = full_query_tiles(seqs.start, plan) + b <= tile
+        goes_on = full_query_tiles(seqs.start + seqs.count, plan) + b >= tile
         this = (begins & goes_on & (b <= num_seqs)).to(tl.int32)
         picked = (b * this, seqs.start * this, seqs.count * this, seqs.length * this)
         picked = tl.reduce(picked, 0, _add4)
@@ -204,29 +241,34 @@ def sequence_of(tile, lanes, batch, num_seqs, num_tokens, max_keys, plan: tl.con
 
 
 @triton.jit
-def query_rows(m, seq, first, kv_head, plan: tl.constexpr):
-    """Return rows `m` of the tile of the tokens from `first` of a sequence on."""
-    token = first + m // plan.group
-    inside = (m < plan.block_q * plan.group) & (token < seq.count)
+def query_rows(m, seq, query_tile, kv_head, plan: tl.constexpr):
+    """Return rows `m` of a tile of queries of a sequence."""
+    first, _ = tokens_of(query_tile, plan)
+    # The tile before may have taken rows of the first token.
+    taken = query_tile * plan.tile_tokens[0] % plan.tile_tokens[1]
+    row = m + taken * (plan.group // plan.tile_tokens[1])
+    token = first + row // plan.group
+    inside = (m < plan.tile_rows) & (token < seq.count)
     position = token + seq.length - seq.count
-    return Rows(seq.start + token, kv_head * plan.group + m % plan.group, position, inside)
+    return Rows(seq.start + token, kv_head * plan.group + row % plan.group, position, inside)
 
 
 @triton.jit
-def walk_of(seq, first, plan: tl.constexpr):
-    """Return the walk of the tile of queries from token `first` of a sequence on."""
+def walk_of(seq, query_tile, plan: tl.constexpr):
+    """Return the walk of a tile of queries of a sequence."""
     first_new = seq.length - seq.count
+    first, stop = tokens_of(query_tile, plan)
     begin, end = 0, seq.length
     lo, masked_below = 0, 0
     masked_from = seq.length // plan.block_n
     if plan.causal:
-        end = tl.minimum(end, first_new + first + plan.block_q)
+        end = tl.minimum(end, first_new + stop)
         masked_from = tl.minimum(masked_from, tl.maximum(first_new + first + 1, 0) // plan.block_n)
     hi = tiles_of(tl.maximum(end, 0), plan)
     if plan.window is not None:
         begin = tl.maximum(first_new + first + 1 - plan.window, 0)
         lo = begin // plan.block_n
-        last_begin = tl.maximum(first_new + first + plan.block_q - plan.window, 0)
+        last_begin = tl.maximum(first_new + stop - plan.window, 0)
         masked_below = tl.minimum(tl.maximum(tiles_of(last_begin, plan), lo), hi)
     return Walk(begin, end, lo, masked_below, tl.maximum(masked_from, masked_below), hi)
 

@@ -54,10 +54,13 @@ def plan_decode(
     small = bits == 8 and block_m == 16 and seqs > workers
     row_bytes = max(base.block_d, base.block_dv) * bits // 8
     block_n = min(max((8192 if small else 16384) // row_bytes, 16), 128 if block_m <= 64 else 64)
-    block_q = block_m // base.group
-    tiles = min(tokens // block_q + seqs, tokens) * triton.cdiv(max_keys, block_n)
+    # Tiles of whole tokens keep partial results small: where they are no more, they are taken.
+    whole = block_m - block_m % base.group
+    tile_rows = whole if triton.cdiv(rows, whole) == triton.cdiv(rows, block_m) else block_m
+    tiles = tokens * base.group // tile_rows + seqs  # of queries, at most
+    tiles = min(tiles, tokens) * triton.cdiv(max_keys, block_n)
     plan = base._replace(
-        block_q=block_q,
+        tile_rows=tile_rows,
         block_m=block_m,
         block_n=block_n,
         block_b=triton.next_power_of_2(max(seqs, 1)),
@@ -89,13 +92,14 @@ def plan_merge(plan: Plan, *, tokens: int, seqs: int) -> Merge:
     32 x 4096 keys of one KV head of 71 query heads took 33.2 with 32 rows to a program and one
     result at once, of the 8 that a sequence has, and 29.6 with 4 rows and 8 (2026-11-30).
     """
-    queries = min(triton.cdiv(tokens, max(seqs, 1)), plan.block_q)
+    queries = triton.cdiv(tokens, max(seqs, 1))
     if plan.max_queries is not None:  # the others are prefilled
         queries = 1
     results = max(plan.workers // max(seqs, 1), 1)  # of a sequence
     ahead = 2 ** (results.bit_length() - 1)
     # Tiles of many rows may be of few (padded rows count as queries): they take four programs.
-    rows = max(triton.next_power_of_2(queries * plan.group) // 4, 1)
+    rows = min(queries * plan.group, plan.tile_rows)
+    rows = max(triton.next_power_of_2(rows) // 4, 1)
     rows = min(rows, max(32 // ahead, 1))
     ahead = min(max(ahead, 4), 32 // rows, 16)
     return Merge(rows, ahead, min(max(rows * ahead // 8, 1), 4))
@@ -110,14 +114,13 @@ def plan_prefill(
     # Tiles must fit the shared memory: 99 KiB on sm_86 and sm_89, 64 KiB on gfx942.
     large = device.arch in (80, 90, 100, 103) and bits == 16
     block_m = 128 if large else 64 if row_bytes <= 256 else 32
-    block_m = max(block_m, triton.next_power_of_2(base.group))
     block_n = min(max(16384 // row_bytes, 16), 64)
     if hopper:
         # Registers are enough for three consumers of narrow heads, of 64 rows each.
         block_m = 192 if base.block_d == 64 else 128
         block_n = 128 if base.block_d <= 128 else 64
     plan = base._replace(
-        block_q=block_m // base.group,
+        tile_rows=block_m,
         block_m=block_m,
         block_n=block_n,
         block_b=min(triton.next_power_of_2(seqs + 1), 1024),

@@ -269,7 +269,7 @@ def attend_tile(
     inputs,
     seq,
     number,
-    first,
+    query_tile,
     lo,
     hi,
     kv_head,
@@ -281,7 +281,7 @@ def attend_tile(
     The tiles of keys are `lo : hi` or, TO_THE_END, those that some query of the tile sees.
     """
     keys, values, extra = inputs.key_cache, inputs.value_cache, inputs.extra
-    walk = walk_of(seq, first, plan)
+    walk = walk_of(seq, query_tile, plan)
     if TO_THE_END:
         lo, hi = walk.lo, walk.hi
     batch = inputs.batch
@@ -289,7 +289,7 @@ def attend_tile(
     blocks = Blocks(table, batch.table_stride_n, inputs.num_blocks, walk.begin, walk.end)
     numbers = load_blocks(blocks, lo, plan)  # before the query, which is waited for
 
-    rows = query_rows(tl.arange(0, plan.block_m), seq, first, kv_head, plan)
+    rows = query_rows(tl.arange(0, plan.block_m), seq, query_tile, kv_head, plan)
     q = load_query(inputs, rows, plan)
     factor = tl.full([plan.block_m], 1.0, tl.float32) * (
         inputs.scale * scale_of_head(keys, kv_head)

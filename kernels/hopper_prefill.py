@@ -103,7 +103,7 @@ def _load_query(WHICH: gl.constexpr, query, tile, plan: gl.constexpr):
     """Return a consumer's rows of a tile of queries."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     m = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    rows = query_rows(m, tile.seq, tile.first, tile.kv_head, plan)
+    rows = query_rows(m, tile.seq, tile.query_tile, tile.kv_head, plan)
     dim = gl.arange(0, plan.block_d, layout=gl.SliceLayout(0, LAYOUT))[None, :]
     row = rows.token.to(gl.int64) * query[1] + rows.head.to(gl.int64) * query[2]
     mask = rows.inside[:, None] & (dim < plan.size)
@@ -124,7 +124,7 @@ def _consume(WHICH: gl.constexpr, shared, SATURATES: gl.constexpr, plan: gl.cons
     ring, turns, q_memory, query, _, work, result = shared
     q = q_memory.index(WHICH)
     # Of a tuple that nests others, Triton 3.6 carries some fields into the next turn, not all.
-    following = known(load_entry(0, work), work)
+    following = known(load_entry(0, work), work, plan)
     _store_query(q, _load_query(WHICH, query, tile_of(following, work, plan), plan))
     _wait_keys(ring, 0, True, plan)
     scores = _start_scores(WHICH, ring, turns, q, 0, plan)
@@ -156,7 +156,7 @@ def _store(
     """Store a consumer's rows of a tile, whole rows of 16 bytes a thread."""
     RESULT: gl.constexpr = acc.type.layout
     m = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, RESULT))
-    rows = query_rows(m, tile.seq, tile.first, tile.kv_head, plan)
+    rows = query_rows(m, tile.seq, tile.query_tile, tile.kv_head, plan)
     x, lse = finish_rows(
         result,
         acc,
@@ -169,7 +169,7 @@ def _store(
     )
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     m = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORED))
-    rows = query_rows(m, tile.seq, tile.first, tile.kv_head, plan)
+    rows = query_rows(m, tile.seq, tile.query_tile, tile.kv_head, plan)
     store_rows(
         result,
         gl.convert_layout(x, STORED),
@@ -204,7 +204,7 @@ def _attend_tile(
     walk, blocks = tile.walk, tile.blocks
     steps = walk.hi - walk.lo
     m = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
-    rows = query_rows(m, tile.seq, tile.first, tile.kv_head, plan)
+    rows = query_rows(m, tile.seq, tile.query_tile, tile.kv_head, plan)
     factor = gl.full([ROWS], LOG2E, gl.float32, layout=gl.SliceLayout(1, SCORES))
     if plan.softcap is None:
         factor *= scale
@@ -223,11 +223,11 @@ def _attend_tile(
     if plan.window is not None:
         below = gl.maximum(walk.hi - walk.masked_below, above)
     # No loop: two that follow each other would move the weights at every step of the second.
-    MASKED: gl.constexpr = (plan.block_q + 2 * plan.block_n - 3) // plan.block_n
+    MASKED: gl.constexpr = (plan.most_tokens + 2 * plan.block_n - 3) // plan.block_n
     for step in gl.static_range(1, MASKED):
         if step < above:
             state = _step(WHICH, state, step, *context, True, plan)
-    following = known(ahead, work)
+    following = known(ahead, work, plan)
     loaded = _load_query(WHICH, query, tile_of(following, work, plan), plan)
     for step in range(above, below):
         state = _step(WHICH, state, step, *context, False, plan)

@@ -67,7 +67,7 @@ def produce(cache, stages, work, AHEAD: gl.constexpr, plan: gl.constexpr):
     ahead = load_entry(0, work)
     turns = num_turns(work)
     for turn in range(turns + AHEAD):
-        queries = tile_of(known(ahead, work), work, plan)
+        queries = tile_of(known(ahead, work, plan), work, plan)
         ahead = load_entry(turn + 1, work)
         blocks, walk = queries.blocks, queries.walk
         for n in range(gl.where(turn < turns, walk.hi - walk.lo, AHEAD)):

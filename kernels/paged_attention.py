@@ -20,7 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_tkv.kernels.attention_geometry import SIZES, Batch, Cache, Options, Plan, sequence_of
+from torch_tkv.kernels.attention_geometry import (
+    SIZES,
+    Batch,
+    Cache,
+    Options,
+    Plan,
+    full_query_tiles,
+    query_tiles,
+    sequence_of,
+)
 from torch_tkv.kernels.attention_plans import parts, plan_decode, plan_merge, plan_prefill
 from torch_tkv.kernels.attention_result import Result, store_result
 from torch_tkv.kernels.attention_tiles import Inputs, attend_tile
@@ -56,15 +65,17 @@ def _prefill(
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     lanes, max_keys = tl.arange(0, plan.block_b), max_blocks * plan.page
     number, seq = sequence_of(tile, lanes, batch, num_seqs, num_tokens, max_keys, plan)
-    first = (tile - (seq.start // plan.block_q + number)) * plan.block_q
-    if (first >= seq.count) | (first < 0):
+    query_tile = tile - (full_query_tiles(seq.start, plan) + number)
+    if (query_tile >= query_tiles(seq.count, plan)) | (query_tile < 0):
         return
     if plan.max_queries is not None:  # noqa: SIM102, the decoding part has the rest
         if (seq.count <= plan.max_queries) | (seq.length == 0):
             return
     strides = (query_stride_t, query_stride_h)
     inputs = Inputs(query, *strides, keys, values, batch, extra, scale, num_blocks)
-    rows, highest, total, acc = attend_tile(inputs, seq, number, first, 0, 0, kv_head, True, plan)
+    rows, highest, total, acc = attend_tile(
+        inputs, seq, number, query_tile, 0, 0, kv_head, True, plan
+    )
     num_heads = tl.num_programs(0) * plan.group
     store_result(
         Result(out, lse_out, values, extra.sinks, output_scale, num_heads),
@@ -191,7 +202,8 @@ class _Attention(NamedTuple):
         bits = 8 * max(self.query.element_size(), self.keys.data.element_size())
         config = plan_prefill(base, device, **self.sizes, bits=bits, hopper=hopper is not None)
         plan, num_warps, num_stages = config
-        tiles = self.query.shape[0] // plan.block_q + self.batch.block_table.shape[0] + 1
+        seqs, tokens, _, max_blocks = self.limits
+        tiles = tokens * plan.group // plan.tile_rows + seqs + 1
         kv_heads = self.keys.data.shape[2]
         options = {"num_warps": num_warps, "num_stages": num_stages}
         if hopper is None:
@@ -213,7 +225,6 @@ class _Attention(NamedTuple):
             (self.saturates, plan),
             options | {"launch_pdl": True},
         )
-        seqs, tokens, _, max_blocks = self.limits
         return Launch(
             list_tiles,
             (tiles,),
@@ -233,7 +244,6 @@ class _Attention(NamedTuple):
             and base.size == base.value_size
             and 64 <= base.block_d <= 256
             and base.size % 8 == 0
-            and base.group <= 128
             and self.extra.slopes is None
             and self.extra.bias is None
             # A block is fetched in boxes of 8 rows or more, a power of 2, with aligned rows.
@@ -253,12 +263,11 @@ class _Attention(NamedTuple):
         plan, num_warps, num_stages = plan_decode(
             base, device, **self.sizes, kv_heads=kv_heads, bits=bits, max_keys=max_keys
         )
-        rows = plan.block_q * plan.group
-        numel = 2 * plan.workers * kv_heads * rows * (plan.value_size + 1)
+        numel = 2 * plan.workers * kv_heads * plan.tile_rows * (plan.value_size + 1)
         partial = self.query.new_empty(numel, dtype=torch.float32)
         pdl = {"launch_pdl": True} if plan.pdl else {}
         how = plan_merge(plan, **self.sizes)
-        used = min(plan.block_q, self.sizes["tokens"]) * plan.group  # rows of a tile, at most
+        used = min(plan.tile_rows, self.sizes["tokens"] * plan.group)  # rows of a tile, at most
         merge = Launch(
             paged_merge,
             (kv_heads * triton.cdiv(used, how.rows), plan.workers),

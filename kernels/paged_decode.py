@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from torch_tkv.kernels.attention_geometry import SIZES, Sequence, add2, sequence, tiles_of
+from torch_tkv.kernels.attention_geometry import (
+    SIZES,
+    Sequence,
+    add2,
+    query_rows,
+    query_tiles,
+    sequence,
+    tiles_of,
+)
 from torch_tkv.kernels.attention_result import Result, finish, store_result
 from torch_tkv.kernels.attention_tiles import Inputs, attend_tile
 
@@ -47,7 +55,7 @@ class Unit(NamedTuple):
 
     seq: Any
     number: Any  # of the sequence
-    first: Any  # of its tokens, in the sequence
+    query_tile: Any  # of the sequence
     lo: Any  # first tile of keys
     begin: Any  # in the list
     end: Any
@@ -66,7 +74,7 @@ def _key_tiles(seq, plan: tl.constexpr):
 def _list_work(batch, num_seqs, num_tokens, max_keys, plan: tl.constexpr):
     seqs = sequence(tl.arange(0, plan.block_b), batch, num_seqs, num_tokens, max_keys)
     lo, hi = _key_tiles(seqs, plan)
-    units = tl.where(seqs.length > 0, (seqs.count + plan.block_q - 1) // plan.block_q, 0)
+    units = tl.where(seqs.length > 0, query_tiles(seqs.count, plan), 0)
     if plan.max_queries is not None:
         units = tl.where(seqs.count <= plan.max_queries, units, 0)
     num_units, num_tiles = tl.reduce((units, units * (hi - lo)), 0, add2)
@@ -117,14 +125,14 @@ def _unit_at(tile, work, plan: tl.constexpr):
     size = tl.maximum(hi - lo + work.charge, 1)
     unit = (tile - begin) // size
     begin += unit * size
-    return Unit(seq, number, unit * plan.block_q, lo, begin, begin + size)
+    return Unit(seq, number, unit, lo, begin, begin + size)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def paged_decode(
     out,  # [T, Hq, Dv]
     lse_out,  # None or [T, Hq]
-    partial,  # [2 * workers, Hkv, block_q * G, Dv] float32, and behind it their log-sums
+    partial,  # [2 * workers, Hkv, tile_rows, Dv] float32, and behind it their log-sums
     query,  # [T, Hq, D]
     query_stride_t,
     query_stride_h,
@@ -146,7 +154,6 @@ def paged_decode(
     kv_head, worker, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     num_heads = kv_heads * plan.group
     max_keys = max_blocks * plan.page
-    TILE_ROWS: tl.constexpr = plan.block_q * plan.group
     strides = (query_stride_t, query_stride_h)
     inputs = Inputs(query, *strides, keys, values, batch, extra, scale, num_blocks)
     result = Result(out, lse_out, values, extra.sinks, output_scale, num_heads)
@@ -159,7 +166,7 @@ def paged_decode(
         lo = unit.lo + tl.maximum(tile - unit.begin - work.charge, 0)
         hi = unit.lo + tl.maximum(stop - unit.begin - work.charge, 0)
         rows, highest, total, acc = attend_tile(
-            inputs, unit.seq, unit.number, unit.first, lo, hi, kv_head, False, plan
+            inputs, unit.seq, unit.number, unit.query_tile, lo, hi, kv_head, False, plan
         )
         dim = tl.arange(0, plan.block_dv)[None, :]
         if (tile == unit.begin) & (stop == unit.end):
@@ -181,10 +188,10 @@ def paged_decode(
             m = tl.arange(0, plan.block_m)[:, None]
             stored = rows.inside[:, None]
             mean, lse = finish(acc, highest[:, None], total[:, None], None)
-            row = (slot * kv_heads + kv_head) * TILE_ROWS + m
+            row = (slot * kv_heads + kv_head) * plan.tile_rows + m
             inside = stored & (dim < plan.value_size)
             tl.store(partial + row * plan.value_size + dim, mean, mask=inside)
-            partial_lse = partial + 2 * plan.workers * kv_heads * TILE_ROWS * plan.value_size
+            partial_lse = partial + 2 * plan.workers * kv_heads * plan.tile_rows * plan.value_size
             tl.store(partial_lse + row, lse, mask=stored)
         tile = stop
 
@@ -215,7 +222,7 @@ def _clear_rows(out, lse_out, batch, num_seqs, num_tokens, max_keys, num_heads, 
 def paged_merge(
     out,  # [T, Hq, Dv]
     lse_out,  # None or [T, Hq]
-    partial,  # [2 * workers, Hkv, block_q * G, Dv] float32, and behind it their log-sums
+    partial,  # [2 * workers, Hkv, tile_rows, Dv] float32, and behind it their log-sums
     values,
     batch,
     sinks,
@@ -239,18 +246,17 @@ def paged_merge(
     unit = _unit_at(end - 1, work, plan)
     first_row = tl.program_id(0) // kv_heads * ROWS
     shared = (unit.begin >= begin) & (unit.end > end) & (end > begin)
-    shared = shared & (unit.first + first_row // plan.group < unit.seq.count)
+    shared = shared & query_rows(first_row, unit.seq, unit.query_tile, kv_head, plan).inside
     # Who has nothing to merge makes room, but for one: this kernel must not end before the other.
     if (not shared) & (tl.program_id(0) + worker > 0):
         return
     last = tl.where(shared, _worker_of(unit.end - 1, work), -1)
-    TILE_ROWS: tl.constexpr = plan.block_q * plan.group
-    partial_lse = partial + 2 * plan.workers * kv_heads * TILE_ROWS * plan.value_size
+    partial_lse = partial + 2 * plan.workers * kv_heads * plan.tile_rows * plan.value_size
     m = first_row + tl.arange(0, ROWS)[:, None]
     dim = tl.arange(0, plan.block_dv)[None, :]
-    token = unit.first + m // plan.group
+    rows = query_rows(m, unit.seq, unit.query_tile, kv_head, plan)
     # A tile of it, because Triton 3.9's interpreter takes no scalars in masks.
-    inside = (tl.zeros_like(m) + shared != 0) & (m < TILE_ROWS) & (token < unit.seq.count)
+    inside = (tl.zeros_like(m) + shared != 0) & rows.inside
     highest = tl.full([ROWS, 1], float("-inf"), tl.float32)
     total = tl.full([ROWS, 1], 0.0, tl.float32)
     acc = tl.full([ROWS, plan.block_dv], 0.0, tl.float32)
@@ -261,7 +267,7 @@ def paged_merge(
         for i in tl.static_range(AHEAD):
             other = first + i
             slot = tl.where(other == worker, plan.workers + worker, other)
-            row = (slot * kv_heads + kv_head) * TILE_ROWS + m
+            row = (slot * kv_heads + kv_head) * plan.tile_rows + m
             mask = inside & (other + tl.zeros_like(m) <= last)
             lse = tl.load(partial_lse + row, mask=mask, other=float("-inf"))
             mask = mask & (dim < plan.value_size)
@@ -281,8 +287,8 @@ def paged_merge(
         acc,
         highest,
         total,
-        unit.seq.start + token,
-        kv_head * plan.group + m % plan.group,
+        rows.token,
+        rows.head,
         dim,
         inside,
         kv_head,

@@ -15,13 +15,14 @@ from torch_tkv.kernels.attention_geometry import (
     Sequence,
     Walk,
     add2,
+    full_query_tiles,
+    query_tiles,
     sequence,
     sequence_of,
-    tiles_of,
     walk_of,
 )
 
-FIELDS = tl.constexpr(8)  # of an entry: sequence, its start, count and length, and first token
+FIELDS = tl.constexpr(8)  # of an entry: sequence, its start, count, length, tile of queries
 
 # Note [Turns]
 # The grid is as large as the GPU, and each program takes a tile of queries at every turn: the next
@@ -47,13 +48,13 @@ class Work(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An entry of the list: a sequence and the first token of a tile of it; and a KV head."""
+    """An entry of the list: a sequence, a tile of its queries, and a KV head."""
 
     number: Any
     start: Any
     count: Any
     length: Any
-    first: Any
+    query_tile: Any
     kv_head: Any
 
 
@@ -61,7 +62,7 @@ class Tile(NamedTuple):
     """A tile of queries of one KV head."""
 
     seq: Any
-    first: Any  # of its tokens, in the sequence
+    query_tile: Any  # of the sequence
     kv_head: Any
     blocks: Any
     walk: Any
@@ -70,13 +71,13 @@ class Tile(NamedTuple):
 @triton.jit
 def _tiles_from(seq, keys, plan: tl.constexpr):
     """Return how many tiles of queries sequences have, and how many of them see `keys` or more."""
-    count = (seq.count + plan.block_q - 1) // plan.block_q
+    count = query_tiles(seq.count, plan)
     if plan.max_queries is not None:  # the decoding part has the rest
         count = tl.where((seq.count <= plan.max_queries) | (seq.length == 0), 0, count)
     less = tl.zeros_like(count)
     if plan.causal:
         before = tl.maximum(keys - 1 - (seq.length - seq.count), 0)
-        less = tl.minimum(before // plan.block_q, count)
+        less = tl.minimum(full_query_tiles(before, plan), count)
     return count, tl.where(keys <= 0, count, tl.where(seq.length >= keys, count - less, 0))
 
 
@@ -104,11 +105,9 @@ def list_tiles(
     tile, room = tl.program_id(0), tl.num_programs(0)
     lanes, max_keys = tl.arange(0, plan.block_b), max_blocks * plan.page
     number, seq = sequence_of(tile, lanes, batch, num_seqs, num_tokens, max_keys, plan)
-    mine = tile - (seq.start // plan.block_q + number)
-    end = seq.length
-    if plan.causal:
-        end = tl.minimum(end, seq.length - seq.count + (mine + 1) * plan.block_q)
-    few, many = _alike(tiles_of(tl.maximum(end, 0), plan))
+    mine = tile - (full_query_tiles(seq.start, plan) + number)
+    walk = walk_of(seq, mine, plan)
+    few, many = _alike(walk.hi)
     few, many = (few - 1) * plan.block_n + 1, (many - 1) * plan.block_n + 1
     place, total = 0, 0
     for b in range(0, num_seqs + 1, plan.block_b):
@@ -127,7 +126,7 @@ def list_tiles(
         tl.store(row + 1, seq.start)
         tl.store(row + 2, seq.count)
         tl.store(row + 3, seq.length)
-        tl.store(row + 4, mine * plan.block_q)
+        tl.store(row + 4, mine)
     if tile == 0:
         tl.store(tiles + room * FIELDS, tl.minimum(total, room))
 
@@ -173,30 +172,30 @@ def load_entry(turn, work):
     item = tl.minimum(_item_of(turn), work.num_tiles * work.kv_heads - 1)
     row = work.tiles + item // work.kv_heads * FIELDS
     number, start, count = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    length, first = tl.load(row + 3), tl.load(row + 4)
-    return Entry(number, start, count, length, first, item % work.kv_heads)
+    length, query_tile = tl.load(row + 3), tl.load(row + 4)
+    return Entry(number, start, count, length, query_tile, item % work.kv_heads)
 
 
 @triton.jit
-def known(entry, work):
+def known(entry, work, plan: tl.constexpr):
     """Return an entry as what was listed, if the indices are what they should be; uniform."""
     number = _between(entry.number, work.num_seqs)
     start = _between(entry.start, work.num_tokens)
     count = _between(entry.count, work.num_tokens - start)
     length = _between(entry.length, tl.where(number < work.num_seqs, work.max_keys, 0))
-    first = _between(entry.first, count)
-    return Entry(number, start, count, length, first, entry.kv_head)
+    query_tile = _between(entry.query_tile, full_query_tiles(count, plan))
+    return Entry(number, start, count, length, query_tile, entry.kv_head)
 
 
 @triton.jit
 def tile_of(entry, work, plan: tl.constexpr):
     """Return the tile of an entry of the list."""
     seq = Sequence(entry.start, entry.count, entry.length)
-    walk = walk_of(seq, entry.first, plan)
+    walk = walk_of(seq, entry.query_tile, plan)
     # What sees no key walks over a tile of keys that it does not see.
     hi = tl.maximum(walk.hi, walk.lo + 1)
     walk = Walk(walk.begin, walk.end, walk.lo, walk.masked_below, walk.masked_from, hi)
     batch = work.batch
     table = batch.block_table + entry.number.to(tl.int64) * batch.table_stride_b
     blocks = Blocks(table, batch.table_stride_n, work.num_blocks, walk.begin, walk.end)
-    return Tile(seq, entry.first, entry.kv_head, blocks, walk)
+    return Tile(seq, entry.query_tile, entry.kv_head, blocks, walk)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from typing import Any, NamedTuple
 
@@ -60,6 +61,9 @@ if HAS_GPU:
 FEW = ([5, 33, 20, 0, 70, 9, 2], [1, 4, 0, 0, 12, 1, 3])
 MIXED = ([5, 33, 0, 70, 2], [1, 4, 0, 75, 3])
 PROMPT = ([50], [40])
+# Many new tokens that are all decoded: tiles of some groups of heads begin within a token.
+DRAFTS = ([20, 33, 17], [16, 13, 15])
+LONG = ([700, 1, 900, 260], [500, 1, 90, 260])
 # Other forms of the kernels than the default's: of Hopper, say.
 SHAPES: list[dict[str, Any]] = [{}]
 if HAS_GPU:
@@ -216,6 +220,22 @@ def test_an_output_scale_divides_saturates_and_rounds_to_float8(
 def test_any_group_of_query_heads_is_right(device: str, heads: tuple[int, int]) -> None:
     batch = make_batch(*MIXED, heads=heads, dtype=HALF)
     assert_kernel_is_as_accurate_as_reference(batch, device)
+
+
+@pytest.mark.parametrize("form", [DRAFTS, MIXED, *([LONG] if HAS_GPU else ())])
+@pytest.mark.parametrize("head_size", [16, *([64, 128] if HAS_GPU else ())])
+@pytest.mark.parametrize("group", [3, 5, 71])
+@pytest.mark.parametrize("option", ["causal", "window", "softcap", "query_bias"])
+def test_tiles_that_begin_within_a_token_are_right(
+    device: str, option: str, group: int, head_size: int, form
+) -> None:
+    window = 13 if option == "window" else None
+    sizes = {"heads": (group, 1), "head_size": head_size, "block_size": 8, "padding": 3}
+    dtype = torch.float32 if head_size == 16 else HALF
+    batch = make_batch(*form, **sizes, dtype=dtype, window=window)
+    options = make_modifiers(batch, [option]) if option in MODIFIERS else {}
+    options |= {"causal": option != "causal", "window": window}
+    assert_kernel_is_as_accurate_as_reference(batch, device, **options)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -517,11 +537,13 @@ def test_the_decoding_grid_is_one_wave() -> None:
 
 def test_the_heads_of_a_group_and_the_new_tokens_share_a_tile() -> None:
     plan = plan_decode()
-    assert (plan.block_m, plan.block_q, plan.block_n, plan.max_queries) == (16, 4, 64, None)
+    assert (plan.block_m, plan.tile_rows, plan.block_n, plan.max_queries) == (16, 16, 64, None)
     drafts = plan_decode(tokens=128, group=8)
-    assert (drafts.block_m, drafts.block_q) == (32, 4)
+    assert (drafts.block_m, drafts.tile_rows) == (32, 32)
     odd = plan_decode(group=71)
-    assert (odd.block_m, odd.block_q, odd.block_n) == (128, 1, 64)
+    assert (odd.block_m, odd.tile_rows, odd.block_n) == (128, 71, 64)
+    for tokens, tile_rows in ((64, 71), (96, 128)):  # 2 and 3 a sequence
+        assert plan_decode(tokens=tokens, group=71).tile_rows == tile_rows
     mixed = plan_decode(tokens=1025, seqs=9)
     assert (mixed.block_m, mixed.max_queries) == (16, plans.MAX_DECODED)
     assert plan_decode(bits=8).block_n == 128
@@ -535,6 +557,14 @@ def test_many_sequences_of_8_bits_are_decoded_by_more_and_smaller_programs() -> 
     assert (config.num_warps, config.plan.block_n, config.plan.workers) == (2, 64, 66)
     assert plan_decode(**many).workers == 33
     assert plan_decode(tokens=33, seqs=33, bits=8).workers == 33
+
+
+def test_a_tile_has_rows_of_as_many_tokens_as_are_counted() -> None:
+    for group, tile_rows in itertools.product([1, 3, 4, 5, 7, 48, 71, 128, 200], [64, 128, 192]):
+        plan = BASE._replace(group=group, tile_rows=tile_rows)
+        firsts = range(0, math.lcm(group, tile_rows), tile_rows)
+        tokens = [(row + tile_rows - 1) // group - row // group + 1 for row in firsts]
+        assert plan.most_tokens == max(tokens)
 
 
 def test_a_tile_has_a_block_number_for_each_block_or_for_each_key() -> None:
@@ -577,3 +607,5 @@ def test_prefill_takes_the_tiles_that_fit_the_gpu() -> None:
     assert (large.plan.block_m, large.plan.block_n, large.num_warps) == (128, 64, 8)
     small = plans.plan_prefill(BASE, Device(arch=89, processors=100), **sizes)
     assert (small.plan.block_m, small.plan.block_n, small.num_warps) == (64, 64, 4)
+    odd = plans.plan_prefill(BASE._replace(group=71), H200, **sizes, hopper=True).plan
+    assert (odd.block_m, odd.tile_rows) == (128, 128)
