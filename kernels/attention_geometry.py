@@ -35,6 +35,11 @@ class Plan(NamedTuple):
         workers: programs to a KV head that share the decoding.
         max_queries: longer sequences are prefilled; None if all are decoded.
         pdl: whether the next kernel starts early (programmatic dependent launch).
+        numbers: block numbers that are loaded for a tile of keys: one a block, or one a key where
+            blocks are cut by tiles, and where 128 threads share 128 keys of 8 bits.
+        tile_tokens: tokens of a tile of queries, tile_rows / group, in lowest terms: kernels whose
+            tiles take whole tokens so divide by 1.
+        most_tokens: that a tile of queries has rows of.
     """
 
     page: int
@@ -56,32 +61,24 @@ class Plan(NamedTuple):
     workers: int = 0
     max_queries: int | None = None
     pdl: bool = False
+    # What follows from the others; see `complete`.
+    numbers: int = 0
+    tile_tokens: tuple[int, int] = (0, 0)
+    most_tokens: int = 0
 
-    @property
-    def numbers(self) -> int:
-        """Return how many block numbers are loaded for a tile of keys: one a block, or one a key.
 
-        A key each where blocks are cut by tiles, and where 128 threads share 128 keys of 8 bits.
-        """
-        if self.page % self.block_n == 0:
-            return 1
-        whole = self.block_n % self.page == 0 and (self.pairs is None or self.block_n < 128)
-        return self.block_n // self.page if whole else self.block_n
-
-    @property
-    def tile_tokens(self) -> tuple[int, int]:
-        """Return the tokens of a tile of queries, tile_rows / group, in lowest terms.
-
-        Kernels whose tiles take whole tokens so divide by 1.
-        """
-        common = math.gcd(self.tile_rows, self.group)
-        return self.tile_rows // common, self.group // common
-
-    @property
-    def most_tokens(self) -> int:
-        """Return how many tokens a tile of queries has rows of, at most."""
-        rows, group = self.tile_tokens
-        return (rows - 2) // group + 2
+def complete(plan: Plan) -> Plan:
+    """Return `plan` with what follows from its other fields. Triton 3.9 knows no properties."""
+    if plan.page % plan.block_n == 0:
+        numbers = 1
+    elif plan.block_n % plan.page == 0 and (plan.pairs is None or plan.block_n < 128):
+        numbers = plan.block_n // plan.page
+    else:
+        numbers = plan.block_n
+    common = math.gcd(plan.tile_rows, plan.group)
+    rows, group = plan.tile_rows // common, plan.group // common
+    most_tokens = (rows - 2) // group + 2
+    return plan._replace(numbers=numbers, tile_tokens=(rows, group), most_tokens=most_tokens)
 
 
 class Batch(NamedTuple):

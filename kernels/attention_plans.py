@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import triton
 
-from torch_tkv.kernels.attention_geometry import Plan
+from torch_tkv.kernels.attention_geometry import Plan, complete
 from torch_tkv.kernels.device import Device
 
 
@@ -68,7 +68,7 @@ def plan_decode(
         max_queries=MAX_DECODED if prefill else None,
         pdl=device.arch >= 90,
     )
-    return Config(plan, 2 if small else 4, 3 if device.arch else 2)
+    return Config(complete(plan), 2 if small else 4, 3 if device.arch else 2)
 
 
 class Merge(NamedTuple):
@@ -128,4 +128,4 @@ def plan_prefill(
         pairs=None,
         pdl=hopper,
     )
-    return Config(plan, 8 if large and not hopper else 4, 3 if large else 2)
+    return Config(complete(plan), 8 if large and not hopper else 4, 3 if large else 2)

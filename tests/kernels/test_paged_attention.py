@@ -3,6 +3,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,7 +28,7 @@ import torch_tkv
 from torch_tkv import reference
 from torch_tkv.kernels import attention_plans as plans
 from torch_tkv.kernels import paged_attention as kernel
-from torch_tkv.kernels.attention_geometry import Plan
+from torch_tkv.kernels.attention_geometry import Plan, complete
 from torch_tkv.kernels.device import Device
 from torch_tkv.kernels.launcher import run
 
@@ -559,9 +561,16 @@ def test_many_sequences_of_8_bits_are_decoded_by_more_and_smaller_programs() -> 
     assert plan_decode(tokens=33, seqs=33, bits=8).workers == 33
 
 
+def test_kernels_take_of_a_plan_what_triton_3_9_knows_the_fields() -> None:
+    sources = [path.read_text() for path in Path(plans.__file__).parent.glob("*.py")]
+    used = {name for source in sources for name in re.findall(r"\bplan\.(\w+)", source)}
+    assert {"tile_tokens", "numbers"} < used
+    assert used - {"_replace"} <= {*Plan._fields}
+
+
 def test_a_tile_has_rows_of_as_many_tokens_as_are_counted() -> None:
     for group, tile_rows in itertools.product([1, 3, 4, 5, 7, 48, 71, 128, 200], [64, 128, 192]):
-        plan = BASE._replace(group=group, tile_rows=tile_rows)
+        plan = complete(BASE._replace(page=16, block_n=64, group=group, tile_rows=tile_rows))
         firsts = range(0, math.lcm(group, tile_rows), tile_rows)
         tokens = [(row + tile_rows - 1) // group - row // group + 1 for row in firsts]
         assert plan.most_tokens == max(tokens)
@@ -578,8 +587,8 @@ def test_a_tile_has_a_block_number_for_each_block_or_for_each_key() -> None:
         (16, 128, "int8", 128),
         (16, 64, "int8", 4),
     ):
-        plan = BASE._replace(page=page, block_n=block_n, pairs=pairs)
-        assert plan.numbers == numbers
+        sizes = {"page": page, "block_n": block_n, "tile_rows": 16}
+        assert complete(BASE._replace(**sizes, pairs=pairs)).numbers == numbers
 
 
 def test_few_sequences_merge_more_partial_results_at_once() -> None:

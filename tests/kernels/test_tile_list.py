@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from torch_tkv.kernels.attention_geometry import Batch, Plan
+from torch_tkv.kernels.attention_geometry import Batch, Plan, complete
 from torch_tkv.kernels.tile_list import FIELDS, list_tiles
 
 BLOCK_N = 128
@@ -70,6 +70,6 @@ def test_every_tile_is_listed_once_those_of_most_keys_first(
     batch = Batch(table, table.stride(0), 1, indices[0], 1, indices[1], 1)
     room = tokens * group // plan.tile_rows + seqs + 1
     tiles = torch.full((room + 1, FIELDS.value), -7, dtype=torch.int32, device=device)
-    list_tiles[(room,)](tiles, batch, seqs, tokens, table.shape[1], plan)
+    list_tiles[(room,)](tiles, batch, seqs, tokens, table.shape[1], complete(plan))
     listed = [tuple(entry[:5]) for entry in tiles[: int(tiles[room, 0])].tolist()]
     assert listed == expected_list(starts, lengths, tokens, plan)
