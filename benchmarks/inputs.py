@@ -36,10 +36,9 @@ def make_slots(tokens: int, sets: int, near: int | None = None) -> tuple[int, li
     """
     pages = -(-tokens // P)
     num_blocks = max(sets * pages, MIN_BLOCKS)
-    runs = num_blocks // near if near else 1
-    order = torch.rand(runs, num_blocks // runs, device=DEVICE).argsort(1)
-    order += torch.arange(runs, device=DEVICE)[:, None] * (num_blocks // runs)
-    order = order.flatten()[: sets * pages]
+    neighbourhood = torch.arange(num_blocks, device=DEVICE) // (near or num_blocks)
+    within = torch.rand(num_blocks, device=DEVICE, dtype=torch.float64)
+    order = (neighbourhood + within).argsort()[: sets * pages]
     slots = order.view(sets, pages, 1) * P + torch.arange(P, device=DEVICE)
     return num_blocks, list(slots.flatten(1)[:, :tokens].contiguous())
 
