@@ -109,10 +109,11 @@ class _Rung(NamedTuple):
     thread: int  # elements of a thread
 
 
-# us of 8 x 128 bf16 at 1, 64, 1024, 16384 and 65536 tokens, on one H200 with torch 2.11 and Triton
-# 3.6, 2026-11-30. In the same run one token a program with 8 elements a thread took 1.30, 1.37,
-# 2.52, 34.6 and 133.8, and two with 16 took 1.29, 1.35, 2.50, 34.5 and 134.2. At 65536 tokens, into
-# fp8 with a scale, programs of 1024 elements took 98 and those of 2048 took 107 (2026-11-21).
+# us of 8 x 128 bf16 at 1, 64, 1024, 16384 and 65536 tokens, of drafts of this kernel on one H200
+# with torch 2.11 and Triton 3.6, 2026-11-30. In the same run one token a program with 8 elements a
+# thread took 1.30, 1.37, 2.52, 34.6 and 133.8, and two with 16 took 1.29, 1.35, 2.50, 34.5 and
+# 134.2. At 65536 tokens, into fp8 with a scale, programs of 1024 elements took 98 and those of 2048
+# took 107 (2026-11-21).
 _LADDER = (
     _Rung(4096, 2048, 8),  # 1.26, 1.31, 2.47
     _Rung(math.inf, 1024, 16),  # 1.32, 1.39, 2.52, 35.0, 133.9

@@ -165,8 +165,9 @@ class Rung(NamedTuple):
 
 
 # us of 32 query and 8 KV heads of 128 bf16 at 1, 64, 1024, 16384 and 65536 tokens with slots in
-# blocks, on one H200 with torch 2.11 and Triton 3.6, 2026-11-30. With strides that were arguments
-# the rungs of then, which had no groups, took 1.44, 1.99, 5.47, 103.2 and 398 in the same run.
+# blocks, of drafts of this kernel on one H200 with torch 2.11 and Triton 3.6, 2026-11-30. With
+# strides that were arguments the rungs of then, which had no groups, took 1.44, 1.99, 5.47, 103.2
+# and 398 in the same run.
 _LADDER = (
     Rung(tokens=128, elements=2048, warps=4),  # 1.45, 1.92; of 1024 elements 1.55, 1.95
     Rung(tokens=4096, elements=4096, warps=2),  # -, 2.07, 5.24, 103.6, 401
