@@ -46,14 +46,15 @@ ROWS = gl.constexpr(64)  # of a consumer
 # would wait for this product before the softmax: it moves that wait up, as nothing in PTX ties it
 # to what it waits for, but not past a branch. The wait for the next keys has one, and comes between
 # the two. Prefilling 1 x 16384, 4 x 1024 behind 16384, 4 x 4096 and 16 x 1024 tokens became 0.6,
-# 1.1, 1.7 and 2.6% faster, with heads of 128 (H200, Triton 3.6, 2026-11-30). Three consumers have
-# too few registers to hold scores and results at once: they wait for keys where they use them.
+# 1.1, 1.7 and 2.6% faster, with heads of 128 (H200, Triton 3.6, 2026-11-30). Three consumers, and
+# two with heads of 256, have too few registers to hold scores and results at once: they wait for
+# keys where they use them, which makes heads of 256 7% faster.
 
 
 @gluon.jit
 def _wait_keys(ring, step, AHEAD: gl.constexpr, plan: gl.constexpr):
     """Wait for a tile of keys, if this kind of plan does AHEAD of its use, or does not."""
-    if (plan.block_m // ROWS == 2) == AHEAD:
+    if (plan.block_m // ROWS == 2 and plan.block_d <= 128) == AHEAD:
         mbarrier.wait(ring.k.full.index(step % STAGES), step // STAGES & 1)
 
 
