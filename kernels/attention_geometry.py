@@ -31,7 +31,7 @@ class Plan(NamedTuple):
         block_m: rows that are computed for them; a power of 2, or 192 on Hopper.
         block_n: keys of a tile; a power of 2.
         block_b: sequences, of which each program scans all (decode) or as many at a time (prefill).
-        pairs: values of 8 bits are read in pairs of this kind; None for one by one.
+        pairs: caches of 8 bits are read in pairs of this kind; None for one by one.
         workers: programs to a KV head that share the decoding.
         max_queries: longer sequences are prefilled; None if all are decoded.
         pdl: whether the next kernel starts early (programmatic dependent launch).

@@ -8,6 +8,7 @@ import triton
 
 from torch_tkv.kernels.attention_geometry import Plan, complete
 from torch_tkv.kernels.device import Device
+from torch_tkv.kernels.paged_decode import FEW
 
 
 class Config(NamedTuple):
@@ -31,6 +32,11 @@ def parts(tokens: int, seqs: int) -> tuple[bool, bool]:
     return seqs != 1 or not prefill, prefill
 
 
+def most_units(tokens: int, seqs: int, group: int, tile_rows: int) -> int:
+    """Return how many tiles of queries the rows of `tokens` queries take, at most."""
+    return min(tokens * group // tile_rows + seqs, tokens)
+
+
 def plan_decode(
     base: Plan, device: Device, *, tokens: int, seqs: int, kv_heads: int, bits: int, max_keys: int
 ) -> Config:
@@ -42,23 +48,23 @@ def plan_decode(
     ones 160; float8 77, 90 and 81. More programs than fit at once cost a fifth.
 
     To begin with another sequence drains the pipeline of loads. With 8 bits, which need more
-    instructions, twice as many programs of half the size hide that: 64 x 2048, 128 x 1024 and 256 x
-    512 keys took 76.9, 79.1 and 87.8 us where large ones took 82.9, 90.3 and 104.9, but 32 x 4096
-    took 74.9 where those took 73.1 (2026-11-30).
+    instructions, twice as many programs of half the size hide that where sequences are many: 32 x
+    8192, 64 x 2048, 128 x 1024 and 256 x 512 keys took 131.8, 75.4, 77.2 and 84.1 us where large
+    ones took 134.3, 81.1, 88.3 and 99.8, but 1 x 65536 took 42.5 instead of 41.0, and with 31 x 512
+    53.5 instead of 52.6 (2026-11-30).
     """
     _, prefill = parts(tokens, seqs)
     rows = 1 if prefill else triton.cdiv(tokens, max(seqs, 1)) * base.group
     block_m = min(max(triton.next_power_of_2(rows), 16), 64)
     block_m = max(block_m, triton.next_power_of_2(base.group))
     workers = max(2 * device.processors // kv_heads, 1)
-    small = bits == 8 and block_m == 16 and seqs > workers
+    small = bits == 8 and block_m == 16 and 2 * seqs > workers
     row_bytes = max(base.block_d, base.block_dv) * bits // 8
     block_n = min(max((8192 if small else 16384) // row_bytes, 16), 128 if block_m <= 64 else 64)
     # Tiles of whole tokens keep partial results small: where they are no more, they are taken.
     whole = block_m - block_m % base.group
     tile_rows = whole if triton.cdiv(rows, whole) == triton.cdiv(rows, block_m) else block_m
-    tiles = tokens * base.group // tile_rows + seqs  # of queries, at most
-    tiles = min(tiles, tokens) * triton.cdiv(max_keys, block_n)
+    tiles = most_units(tokens, seqs, base.group, tile_rows) * triton.cdiv(max_keys, block_n)
     plan = base._replace(
         tile_rows=tile_rows,
         block_m=block_m,
@@ -74,35 +80,44 @@ def plan_decode(
 class Merge(NamedTuple):
     """How partial results are merged."""
 
+    by_unit: bool  # programs are as many as tiles of queries, or as workers where these are fewer
+    programs: int
     rows: int  # of a tile of queries, to a program
-    ahead: int  # partial results that it loads at once
+    ahead: int  # partial results that it loads at once, where there are more than a few
     num_warps: int
 
 
 def plan_merge(plan: Plan, *, tokens: int, seqs: int) -> Merge:
     """Plan the merging of what `plan` decodes.
 
-    Few sequences have many partial results each. us on two H200s (Triton 3.6, 2026-11-21), of 1 x
-    1024, 1 x 65536 and, in float8, 1 x 65536 keys; of 32 x 4096, and of 1 x 65536 with 31 x 512:
+    A program merges few rows, so that there are many programs, and has few registers, so that they
+    have room beside those that decode: then all but the merging is done when they wait for these.
+    us on H200s (Triton 3.6, 2026-11-30), each line on one GPU:
 
-    - a row to a program, 16 results at once: 7.7, 69.4, 42.1; 137.6, 85.2;
-    - a row, 4 results: 71.0 (1 x 65536); 130.6, 85.9;
-    - 4 rows, 8 results: 8.2, 71.3, 43.9; 131.3, 87.0.
-
-    32 x 4096 keys of one KV head of 71 query heads took 33.2 with 32 rows to a program and one
-    result at once, of the 8 that a sequence has, and 29.6 with 4 rows and 8 (2026-11-30).
+    - bfloat16, 1 x 65536 keys: 33 results at once 67.4, 17 68.0, 16 68.5;
+    - bfloat16, 1 x 65536 with 31 x 512: 4 results at once 88.5, 9 87.8, 9 by two warps 86.8;
+    - bfloat16, 128 x 1024: 4 results by a warp 133.9, 9 by two 133.6, 17 by two 135.7;
+    - float8, 8 x 8192: 9 results by a warp 41.7, by two 41.0;
+    - float8, 128 x 1024: 9 results by a warp 77.2, by two 81.0;
+    - bfloat16, 8 x 8192 of one KV head: a program for each worker 18.9, for each sequence 16.2.
     """
     queries = triton.cdiv(tokens, max(seqs, 1))
     if plan.max_queries is not None:  # the others are prefilled
         queries = 1
-    results = max(plan.workers // max(seqs, 1), 1)  # of a sequence
-    ahead = 2 ** (results.bit_length() - 1)
+    results = max(plan.workers // max(seqs, 1), 1)  # of a sequence, if all are as long
     # Tiles of many rows may be of few (padded rows count as queries): they take four programs.
     rows = min(queries * plan.group, plan.tile_rows)
     rows = max(triton.next_power_of_2(rows) // 4, 1)
-    rows = min(rows, max(32 // ahead, 1))
-    ahead = min(max(ahead, 4), 32 // rows, 16)
-    return Merge(rows, ahead, min(max(rows * ahead // 8, 1), 4))
+    rows = min(rows, max(32 // 2 ** (results.bit_length() - 1), 1))
+    units = max(most_units(tokens, seqs, plan.group, plan.tile_rows), 1)
+    if results <= FEW.value and rows == 1:
+        # A longer sequence may be among them. Decoding 8 bits leaves fewer registers.
+        ahead, num_warps = 9, 2 if plan.pairs is None or units <= 16 else 1
+    else:
+        ahead = min(max(results, FEW.value), 33 // rows)
+        num_warps = 4 if rows * ahead >= 32 else 2 if rows * ahead >= 16 else 1
+    by_unit = units <= plan.workers
+    return Merge(by_unit, units if by_unit else plan.workers, rows, ahead, num_warps)
 
 
 def plan_prefill(

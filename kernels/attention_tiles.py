@@ -51,21 +51,39 @@ class Modifiers(NamedTuple):
 
 @triton.jit
 def load_query(inputs, rows, plan: tl.constexpr):
-    """Return the tile [M, block_d] of the query."""
-    dim = tl.arange(0, plan.block_d)[None, :]
+    """Return the query, as a tuple: [M, block_d], or its even and its odd columns for pairs."""
     row = inputs.query + rows.token.to(tl.int64) * inputs.stride_t
-    row += rows.head.to(tl.int64) * inputs.stride_h
-    return tl.load(row[:, None] + dim, mask=rows.inside[:, None] & (dim < plan.size), other=0.0)
+    row = (row + rows.head.to(tl.int64) * inputs.stride_h)[:, None]
+    inside = rows.inside[:, None]
+    if plan.pairs is None:
+        dim = tl.arange(0, plan.block_d)[None, :]
+        return (tl.load(row + dim, mask=inside & (dim < plan.size), other=0.0),)
+    else:
+        even = 2 * tl.arange(0, plan.block_d // 2)[None, :]
+        inside = inside & (even < plan.size)
+        odd = tl.load(row + even + 1, mask=inside, other=0.0)
+        return tl.load(row + even, mask=inside, other=0.0), odd
 
 
 @triton.jit
-def to_half(q):
-    """Return bfloat16 rows as float16 rows, and the powers of 2 [M] that take these back."""
-    x = q.to(tl.float32)
-    top = tl.max(tl.abs(x), 1)
-    power = tl.exp2(tl.floor(tl.log2(top)))
-    power = tl.where((top > 0.0) & (top < float("inf")), power, 1.0)
-    return (x / power[:, None]).to(tl.float16), power
+def _scaled(x, power):
+    return (x.to(tl.float32) * power[:, None]).to(tl.float16)
+
+
+@triton.jit
+def to_half(q, plan: tl.constexpr):
+    """Return what `load_query` returned as float16, and the powers of 2 [M] that take it back."""
+    size = tl.abs(q[0].to(tl.float32))
+    if plan.pairs is not None:
+        size = tl.maximum(size, tl.abs(q[1].to(tl.float32)))
+    # Both powers are normal numbers.
+    top = tl.minimum(tl.maximum(tl.max(size, 1), 2.0**-120), 2.0**126)
+    exponent = tl.floor(tl.log2(top))
+    power = tl.exp2(-exponent)
+    if plan.pairs is None:
+        return (_scaled(q[0], power),), tl.exp2(exponent)
+    else:
+        return (_scaled(q[0], power), _scaled(q[1], power)), tl.exp2(exponent)
 
 
 @triton.jit
@@ -100,25 +118,36 @@ def softmax_step(scores, factor, highest, total):
 
 
 @triton.jit
-def load_rows(
-    data,  # at the KV head
-    block,  # [n]
-    inside,  # [n]
-    tile,
-    STRIDE_N: tl.constexpr,
-    STRIDE_P: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    plan: tl.constexpr,
-):
-    """Return the rows [n, BLOCK] of a tile of keys, zero where they are not inside."""
-    dim = tl.arange(0, BLOCK)[None, :]
+def head_of(cache, kv_head, VALUES: tl.constexpr, plan: tl.constexpr):
+    """Return the data of a cache, of keys or of VALUES, at a KV head: pairs, if read so."""
+    data = cache.data + kv_head.to(tl.int64) * (
+        plan.value_strides[2] if VALUES else plan.key_strides[2]
+    )
+    if plan.pairs is not None:
+        data = data.to(tl.pointer_type(tl.int16), bitcast=True)
+    return data
+
+
+@triton.jit
+def load_rows(data, block, inside, tile, VALUES: tl.constexpr, plan: tl.constexpr):
+    """Return the rows of a tile of keys, or their VALUES, zero where they are not inside.
+
+    `data` is that of `head_of`; the rows are [n, block_d], or half as wide if they are of pairs.
+    """
+    TOGETHER: tl.constexpr = 1 if plan.pairs is None else 2
+    SIZE: tl.constexpr = plan.value_size if VALUES else plan.size
+    BLOCK: tl.constexpr = plan.block_dv if VALUES else plan.block_d
+    STRIDE_N: tl.constexpr = plan.value_strides[0] if VALUES else plan.key_strides[0]
+    STRIDE_P: tl.constexpr = plan.value_strides[1] if VALUES else plan.key_strides[1]
+    dim = tl.arange(0, BLOCK // TOGETHER)[None, :]
     # What most tiles share is added first, and once.
-    data = data + slot_offset(tile, plan)[:, None].to(tl.int64) * STRIDE_P + dim
+    data = data + slot_offset(tile, plan)[:, None].to(tl.int64) * (STRIDE_P // TOGETHER) + dim
     inside = inside[:, None]
     if SIZE != BLOCK:
-        inside = inside & (dim < SIZE)
-    return tl.load(data + block[:, None].to(tl.int64) * STRIDE_N, mask=inside, other=0.0)
+        inside = inside & (dim < SIZE // TOGETHER)
+    return tl.load(
+        data + block[:, None].to(tl.int64) * (STRIDE_N // TOGETHER), mask=inside, other=0.0
+    )
 
 
 @triton.jit
@@ -139,41 +168,73 @@ def scale_of_head(cache, kv_head):
     return scale
 
 
-# Note [Pairs of values]
-# The tensor cores want values transposed. On the way from shared memory only 16-bit elements can
-# be; values of 8 bits would be read byte by byte, at half the speed. So two neighbours in a row are
-# read as one int16, which is taken apart in registers: the even and the odd dimensions of the
-# values get an accumulator each.
+# Note [Pairs of elements]
+# Two neighbours in a row of 8-bit elements are read as one int16, which is taken apart in registers
+# to float16: the even and the odd dimensions of queries and keys are multiplied apart, and those of
+# the values get an accumulator each. Values, because the tensor cores want them transposed, which
+# only 16-bit elements can be on the way from shared memory: others would be read byte by byte, at
+# half the speed. Keys, because then the queries, too, are read as the tensor cores want them: a
+# tile of 128 keys takes 665 instructions instead of 738, and 32 x 8192 keys 6% less time (H200,
+# Triton 3.6, 2026-11-30).
+#
+# A register holds two pairs. A float8_e5m2 is the upper half of a float16. Flipped into the lowest
+# bits of 1152, which is 0x6480 as a float16, an int8 is added to it.
+
+_FROM_E4M3 = tl.constexpr(
+    """{
+    .reg .b32 even, odd;
+    .reg .b16 low, none;
+    prmt.b32 even, $2, $2, 0x0020;
+    prmt.b32 odd, $2, $2, 0x0031;
+    mov.b32 {low, none}, even;
+    cvt.rn.f16x2.e4m3x2 $0, low;
+    mov.b32 {low, none}, odd;
+    cvt.rn.f16x2.e4m3x2 $1, low;
+    }"""
+)
+_FROM_E5M2 = tl.constexpr(
+    """{
+    .reg .b32 zero;
+    mov.b32 zero, 0;
+    prmt.b32 $0, $2, zero, 0x2404;
+    and.b32 $1, $2, 0xff00ff00;
+    }"""
+)
+_FROM_INT8 = tl.constexpr(
+    """{
+    .reg .b32 even, odd, base;
+    mov.b32 base, 0x64806480;
+    lop3.b32 even, $2, 0x00ff00ff, base, 0x6a;
+    shr.u32 odd, $2, 8;
+    lop3.b32 odd, odd, 0x00ff00ff, base, 0x6a;
+    sub.rn.f16x2 $0, even, base;
+    sub.rn.f16x2 $1, odd, base;
+    }"""
+)
 
 
 @triton.jit
 def take_apart(pairs, plan: tl.constexpr):
-    """Return even and odd elements of int16 pairs as float16; see Note [Pairs of values]."""
-    if plan.pairs == "int8":
-        even, odd = ((pairs << 8) >> 8).to(tl.float16), (pairs >> 8).to(tl.float16)
-    elif plan.pairs == "fp8e5":
-        even = (pairs << 8).to(tl.float16, bitcast=True)
-        odd = (pairs & -256).to(tl.float16, bitcast=True)
+    """Return even and odd elements of int16 pairs as float16; see Note [Pairs of elements]."""
+    FLOAT8: tl.constexpr = _FROM_E5M2 if plan.pairs == "fp8e5" else _FROM_E4M3
+    return tl.inline_asm_elementwise(
+        _FROM_INT8 if plan.pairs == "int8" else FLOAT8,
+        "=r,=r,r",
+        [pairs],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def multiplied(q, k, plan: tl.constexpr):
+    """Return q @ k^T [M, n]; q is as in `load_query`."""
+    if plan.pairs is None:
+        return tl.dot(q[0], k.to(q[0].dtype).T, input_precision="ieee")
     else:
-        # Each register holds two pairs: gather their low, or high, bytes and convert both.
-        even, odd = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 even, odd;
-            .reg .b16 low, none;
-            prmt.b32 even, $2, $2, 0x0020;
-            prmt.b32 odd, $2, $2, 0x0031;
-            mov.b32 {low, none}, even;
-            cvt.rn.f16x2.e4m3x2 $0, low;
-            mov.b32 {low, none}, odd;
-            cvt.rn.f16x2.e4m3x2 $1, low;
-            }""",
-            "=r,=r,r",
-            [pairs],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    return even, odd
+        even, odd = take_apart(k, plan)
+        return tl.dot(q[1], odd.T, tl.dot(q[0], even.T))
 
 
 @triton.jit
@@ -191,7 +252,7 @@ def weighted(weights, v, acc, rescale, plan: tl.constexpr):
 @triton.jit
 def attend(
     state,  # highest [M], total [M], acc as in `weighted`, and the block numbers of tile `lo`
-    q,  # [M, block_d]
+    q,  # as in `load_query`
     scale,  # [M], positive
     rows,
     lo,  # tiles of keys
@@ -213,37 +274,15 @@ def attend(
     factor = scale * LOG2E
     if MODIFIED:
         factor = tl.full([plan.block_m], LOG2E, tl.float32)
-    STRIDE_N: tl.constexpr = plan.key_strides[0]
-    STRIDE_P: tl.constexpr = plan.key_strides[1]
-    SIZE: tl.constexpr = plan.size
-    BLOCK: tl.constexpr = plan.block_d
-    # Elements of a row of values that are read as one.
-    TOGETHER: tl.constexpr = 1 if plan.pairs is None else 2
-    VALUE_STRIDE_N: tl.constexpr = plan.value_strides[0] // TOGETHER
-    VALUE_STRIDE_P: tl.constexpr = plan.value_strides[1] // TOGETHER
-    VALUE_SIZE: tl.constexpr = plan.value_size // TOGETHER
-    VALUE_BLOCK: tl.constexpr = plan.block_dv // TOGETHER
-    key_data = keys.data + kv_head.to(tl.int64) * plan.key_strides[2]
-    value_data = values.data + kv_head.to(tl.int64) * plan.value_strides[2]
-    if plan.pairs is not None:
-        value_data = value_data.to(tl.pointer_type(tl.int16), bitcast=True)
+    key_data = head_of(keys, kv_head, False, plan)
+    value_data = head_of(values, kv_head, True, plan)
     # See Note [Block numbers] in attention_geometry.
     for tile in range(lo, hi):
         next_numbers = load_blocks(blocks, tile + 1, plan)
         block, inside = rows_of(numbers, blocks, tile, MASKED, plan)
-        k = load_rows(key_data, block, inside, tile, STRIDE_N, STRIDE_P, SIZE, BLOCK, plan)
-        v = load_rows(
-            value_data,
-            block,
-            inside,
-            tile,
-            VALUE_STRIDE_N,
-            VALUE_STRIDE_P,
-            VALUE_SIZE,
-            VALUE_BLOCK,
-            plan,
-        )
-        scores = tl.dot(q, k.to(q.dtype).T, input_precision="ieee")  # [M, n]
+        k = load_rows(key_data, block, inside, tile, False, plan)
+        v = load_rows(value_data, block, inside, tile, True, plan)
+        scores = multiplied(q, k, plan)
         if keys.scales is not None:
             scores *= load_scales(keys, kv_head, block, inside, tile, plan)[None, :]
         key_position = (tile * plan.block_n + tl.arange(0, plan.block_n))[None, :]
@@ -260,7 +299,7 @@ def attend(
         weights, rescale, highest, total = softmax_step(scores, factor, highest, total)
         if values.scales is not None:
             weights *= load_scales(values, kv_head, block, inside, tile, plan)[None, :]
-        acc = weighted(weights.to(q.dtype), v, acc, rescale, plan)
+        acc = weighted(weights.to(q[0].dtype), v, acc, rescale, plan)
         numbers = next_numbers
     return highest, total, acc, numbers
 
@@ -295,8 +334,8 @@ def attend_tile(
     factor = tl.full([plan.block_m], 1.0, tl.float32) * (
         inputs.scale * scale_of_head(keys, kv_head)
     )
-    if keys.data.dtype.element_ty.primitive_bitwidth == 8 and q.dtype == tl.bfloat16:
-        q, power = to_half(q)
+    if keys.data.dtype.element_ty.primitive_bitwidth == 8 and q[0].dtype == tl.bfloat16:
+        q, power = to_half(q, plan)
         factor *= power
     slope, bias = None, None
     if extra.slopes is not None:

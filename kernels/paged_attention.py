@@ -118,6 +118,7 @@ def prepare(
     tokens, heads, size = query.shape
     _, page, kv_heads, value_size = value_cache.shape
     device = device_of(query.device)
+    pairs = _pairs((key_cache, value_cache), query, device)
     base = Plan(
         page=page,
         group=heads // kv_heads,
@@ -128,9 +129,10 @@ def prepare(
         causal=causal,
         window=window,
         softcap=softcap,
-        block_d=max(triton.next_power_of_2(size), 16),
+        # A product has 16 columns of queries and keys or more; of pairs, it has half of them.
+        block_d=max(triton.next_power_of_2(size), 16 if pairs is None else 32),
         block_dv=max(triton.next_power_of_2(value_size), 16),
-        pairs=_pairs(value_cache, query, device),
+        pairs=pairs,
     )
     dtype = query.dtype if output_scale is None else torch.float8_e4m3fn
     out = query.new_empty(tokens, heads, value_size, dtype=dtype)
@@ -231,7 +233,7 @@ class _Attention(NamedTuple):
             (listed, self.batch),
             (seqs, tokens, max_blocks),
             (plan,),
-            {"num_warps": 4},
+            {"num_warps": 4, "launch_pdl": plan.max_queries is not None},
             then=attend,
         )
 
@@ -270,7 +272,7 @@ class _Attention(NamedTuple):
         used = min(plan.tile_rows, self.sizes["tokens"] * plan.group)  # rows of a tile, at most
         merge = Launch(
             paged_merge,
-            (kv_heads * triton.cdiv(used, how.rows), plan.workers),
+            (kv_heads * triton.cdiv(used, how.rows), how.programs),
             (
                 self.out,
                 self.lse,
@@ -281,7 +283,7 @@ class _Attention(NamedTuple):
                 self.output_scale,
             ),
             (*self.limits[:2], self.limits[3], kv_heads),
-            (self.saturates, how.rows, how.ahead, plan),
+            (self.saturates, how.by_unit, how.rows, how.ahead, plan),
             {"num_warps": how.num_warps} | pdl,
             then=then,
         )
@@ -302,12 +304,12 @@ _GLUON_TRITONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 _PAIRS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
 
 
-def _pairs(values: Tensor, query: Tensor, device: Device) -> str | None:
-    """Return how values are read in pairs, None if they are not; see Note [Pairs of values]."""
-    even = all(n % 2 == 0 for n in (*values.stride()[:3], values.shape[3], values.data_ptr()))
+def _pairs(caches: tuple[Tensor, Tensor], query: Tensor, device: Device) -> str | None:
+    """Return how 8-bit caches are read in pairs, None if not; see Note [Pairs of elements]."""
+    even = all(n % 2 == 0 for x in caches for n in (*x.stride()[:3], x.shape[3], x.data_ptr()))
     if not even or device.arch < 80 or query.dtype == torch.float32:
         return None
-    return _PAIRS.get(values.dtype)
+    return _PAIRS.get(caches[0].dtype)
 
 
 def _cache(data: Tensor, scale: Tensor | None, scales: Tensor | None) -> Cache:

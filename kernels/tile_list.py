@@ -129,6 +129,8 @@ def list_tiles(
         tl.store(row + 4, mine)
     if tile == 0:
         tl.store(tiles + room * FIELDS, tl.minimum(total, room))
+        if plan.pdl and plan.max_queries is not None:
+            tl.extra.cuda.gdc_wait()  # this kernel must not end before the decoding part
 
 
 @triton.jit

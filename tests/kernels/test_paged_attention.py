@@ -206,6 +206,47 @@ def test_caches_of_8_bits_are_right_with_every_kind_of_scale(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("exponent", [-110, -20, 20, 110])
+@pytest.mark.parametrize(("cache_dtype", "kind"), CODES)
+def test_queries_of_any_size_meet_caches_of_8_bits(
+    cache_dtype: torch.dtype, kind: str | None, exponent: int
+) -> None:
+    sizes = {"head_size": 64, "dtype": torch.bfloat16, "cache_dtype": cache_dtype}
+    batch = make_batch(*MIXED, **sizes)
+    large = batch._replace(query=batch.query * 2.0**exponent)
+    options = make_scales(batch, kind)
+    assert_kernel_is_as_accurate_as_reference(large, "cuda", scale=0.2 * 2.0**-exponent, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(45, 45), (64, 45), (45, 64)])
+@pytest.mark.parametrize(("cache_dtype", "kind"), CODES)
+def test_rows_of_8_bits_that_are_no_pairs_are_right(
+    cache_dtype: torch.dtype, kind: str | None, sizes: tuple[int, int]
+) -> None:
+    head_size, value_size = sizes
+    sizes = {"head_size": head_size, "value_size": value_size}
+    batch = make_batch(*MIXED, **sizes, dtype=torch.bfloat16, cache_dtype=cache_dtype)
+    assert_kernel_is_as_accurate_as_reference(batch, "cuda", **make_scales(batch, kind))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(8, 1), (32, 8)])
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize(
+    "lengths", [[30000], [30000, *[40] * 20], [30000, *[40] * 90], [9000] * 3, [700] * 300]
+)
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_many_partial_results_of_one_sequence_or_of_many_are_merged(
+    drafts: int, lengths: list[int], cache_dtype: torch.dtype | None, heads: tuple[int, int]
+) -> None:
+    sizes = {"heads": heads, "head_size": 64, "dtype": torch.float16, "cache_dtype": cache_dtype}
+    batch = make_batch(lengths, [drafts] * len(lengths), **sizes, padding=3)
+    options = make_scales(batch, "per token and head") if cache_dtype else {}
+    assert_kernel_is_as_accurate_as_reference(batch, "cuda", **options)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("form", [FEW, MIXED])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("output_scale", [0.002, 0.01, 0.4])
@@ -548,7 +589,7 @@ def test_the_heads_of_a_group_and_the_new_tokens_share_a_tile() -> None:
         assert plan_decode(tokens=tokens, group=71).tile_rows == tile_rows
     mixed = plan_decode(tokens=1025, seqs=9)
     assert (mixed.block_m, mixed.max_queries) == (16, plans.MAX_DECODED)
-    assert plan_decode(bits=8).block_n == 128
+    assert plan_decode(tokens=16, seqs=16, bits=8).block_n == 128
 
 
 def test_many_sequences_of_8_bits_are_decoded_by_more_and_smaller_programs() -> None:
@@ -558,7 +599,8 @@ def test_many_sequences_of_8_bits_are_decoded_by_more_and_smaller_programs() -> 
     )
     assert (config.num_warps, config.plan.block_n, config.plan.workers) == (2, 64, 66)
     assert plan_decode(**many).workers == 33
-    assert plan_decode(tokens=33, seqs=33, bits=8).workers == 33
+    for seqs, workers in ((16, 33), (17, 66)):
+        assert plan_decode(tokens=seqs, seqs=seqs, bits=8).workers == workers
 
 
 def test_kernels_take_of_a_plan_what_triton_3_9_knows_the_fields() -> None:
@@ -591,18 +633,39 @@ def test_a_tile_has_a_block_number_for_each_block_or_for_each_key() -> None:
         assert complete(BASE._replace(**sizes, pairs=pairs)).numbers == numbers
 
 
+def test_rows_of_8_bits_are_read_in_pairs_where_they_consist_of_them() -> None:
+    even, odd = (torch.empty(5, 16, 2, size, dtype=torch.int8) for size in (48, 45))
+    shifted = torch.empty(5, 16, 2, 49, dtype=torch.int8)[..., 1:]
+    query = torch.empty(3, 4, 48, dtype=torch.bfloat16)
+    assert kernel._pairs((even, even), query, H200) == "int8"
+    for caches in ((even, odd), (odd, even), (shifted, even), (even, shifted)):
+        assert kernel._pairs(caches, query, H200) is None
+    assert kernel._pairs((even, even), query.float(), H200) is None
+    assert kernel._pairs((even, even), query, Device(arch=0, processors=304)) is None
+    assert kernel._pairs((query[None],) * 2, query, H200) is None
+
+
 def test_few_sequences_merge_more_partial_results_at_once() -> None:
     for tokens, seqs, merge in (
-        (1, 1, (1, 16, 2)),
-        (4, 4, (1, 8, 1)),
-        (32, 32, (1, 4, 1)),
-        (32 * 16, 32, (16, 2, 4)),
-        (1025, 9, (1, 4, 1)),
+        (0, 0, (True, 1, 1, 16, 2)),
+        (1, 1, (True, 1, 1, 16, 2)),
+        (4, 4, (True, 4, 1, 8, 1)),
+        (32, 32, (True, 32, 1, 9, 2)),
+        (64, 64, (False, 33, 1, 9, 2)),
+        (32 * 16, 32, (False, 33, 16, 2, 4)),
+        (1025, 9, (False, 33, 1, 9, 2)),
     ):
         sizes = {"tokens": tokens, "seqs": seqs}
         assert plans.plan_merge(plan_decode(**sizes), **sizes) == merge
+    long = plan_decode(tokens=1, seqs=1, max_keys=65536)
+    assert plans.plan_merge(long, tokens=1, seqs=1) == (True, 1, 1, 33, 4)
+    for seqs, num_warps in ((16, 2), (17, 1)):
+        sizes = {"tokens": seqs, "seqs": seqs}
+        pairs = plan_decode(**sizes)._replace(pairs="int8")
+        assert plans.plan_merge(pairs, **sizes).num_warps == num_warps
     sizes = {"tokens": 32, "seqs": 32}
-    assert plans.plan_merge(plan_decode(**sizes, kv_heads=1, group=71), **sizes) == (4, 8, 4)
+    odd = plan_decode(**sizes, kv_heads=1, group=71)
+    assert plans.plan_merge(odd, **sizes) == (True, 32, 4, 8, 4)
 
 
 def test_prefill_takes_the_tiles_that_fit_the_gpu() -> None:
