@@ -54,6 +54,9 @@ def plan_decode(
     53.5 instead of 52.6 (2026-11-30).
     """
     _, prefill = parts(tokens, seqs)
+    if base.pairs is not None:
+        # A product takes 16 columns of queries and keys or more, and pairs halve them.
+        base = base._replace(block_d=max(base.block_d, 32))
     rows = 1 if prefill else triton.cdiv(tokens, max(seqs, 1)) * base.group
     block_m = min(max(triton.next_power_of_2(rows), 16), 64)
     block_m = max(block_m, triton.next_power_of_2(base.group))
@@ -134,7 +137,13 @@ def plan_prefill(
         # Registers are enough for three consumers of narrow heads, of 64 rows each.
         block_m = 192 if base.block_d == 64 else 128
         block_n = 128 if base.block_d <= 128 else 64
+    block_dv = base.block_dv
+    if base.pairs is not None:
+        # With 8 bits, keys in rows of 32 and values in rows of 16 gave wrong results on an H200
+        # (Triton 3.6, 2026-11-30), unlike rows of 16 for both or of 32 and 64. Why was not found.
+        block_dv = max(block_dv, min(base.block_d, 32))
     plan = base._replace(
+        block_dv=block_dv,
         tile_rows=block_m,
         block_m=block_m,
         block_n=block_n,

@@ -341,7 +341,9 @@ def attend_tile(
     if extra.slopes is not None:
         slope = tl.load(extra.slopes + rows.head, mask=rows.inside, other=0.0)
     if extra.bias is not None:
-        bias = extra.bias + rows.token.to(tl.int64) * extra.bias_stride_t
+        # Rows behind the last token have no bias to read.
+        token = tl.where(rows.inside, rows.token, 0)
+        bias = extra.bias + token.to(tl.int64) * extra.bias_stride_t
     first_new = seq.length - seq.count
     modifiers = Modifiers(slope, bias, extra.bias_stride_q, extra.bias_width, first_new)
 

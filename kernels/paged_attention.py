@@ -118,7 +118,6 @@ def prepare(
     tokens, heads, size = query.shape
     _, page, kv_heads, value_size = value_cache.shape
     device = device_of(query.device)
-    pairs = _pairs((key_cache, value_cache), query, device)
     base = Plan(
         page=page,
         group=heads // kv_heads,
@@ -129,10 +128,9 @@ def prepare(
         causal=causal,
         window=window,
         softcap=softcap,
-        # A product has 16 columns of queries and keys or more; of pairs, it has half of them.
-        block_d=max(triton.next_power_of_2(size), 16 if pairs is None else 32),
+        block_d=max(triton.next_power_of_2(size), 16),
         block_dv=max(triton.next_power_of_2(value_size), 16),
-        pairs=pairs,
+        pairs=_pairs((key_cache, value_cache), query, device),
     )
     dtype = query.dtype if output_scale is None else torch.float8_e4m3fn
     out = query.new_empty(tokens, heads, value_size, dtype=dtype)

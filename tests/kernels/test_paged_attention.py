@@ -645,6 +645,16 @@ def test_rows_of_8_bits_are_read_in_pairs_where_they_consist_of_them() -> None:
     assert kernel._pairs((query[None],) * 2, query, H200) is None
 
 
+def test_narrow_rows_of_8_bits_are_computed_as_wider_ones() -> None:
+    narrow = BASE._replace(block_d=16, block_dv=16, pairs="int8")
+    sizes = {"tokens": 1024, "seqs": 1, "bits": 16}
+    decode = plans.plan_decode(narrow, H200, **sizes, kv_heads=8, max_keys=4096).plan
+    assert (decode.block_d, decode.block_dv) == (32, 16)
+    for block_d, block_dv in ((16, 16), (32, 32), (256, 32)):
+        plan = plans.plan_prefill(narrow._replace(block_d=block_d), H200, **sizes).plan
+        assert (plan.block_d, plan.block_dv, plan.pairs) == (block_d, block_dv, None)
+
+
 def test_few_sequences_merge_more_partial_results_at_once() -> None:
     for tokens, seqs, merge in (
         (0, 0, (True, 1, 1, 16, 2)),
