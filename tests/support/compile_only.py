@@ -172,7 +172,7 @@ def attention_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
         if dtype == torch.int8:
             scale_cache = torch.empty(9, 16, 8, device="meta")
             scales = {"k_scale_cache": scale_cache, "v_scale_cache": scale_cache}
-        for size in (128, 16):
+        for size in (128, 16) if dtype == torch.int8 else (128,):
             sizes = (size, size)
             run(paged_attention.prepare(*arguments(7, 8, sizes, half, dtype), **scales))
             yield f"paged_attention {size} {dtype}"
