@@ -37,6 +37,23 @@ def most_units(tokens: int, seqs: int, group: int, tile_rows: int) -> int:
     return min(tokens * group // tile_rows + seqs, tokens)
 
 
+# Note [Narrow products]
+# A product takes 16 columns of queries and keys or more, and pairs halve what it is given.
+#
+# On Hopper, where a product of 64 queries or more is a wgmma, kernels with two such products whose
+# rows are of 16 or 32 elements may read outside of shared memory or give wrong results: prefilling
+# did both with keys of 8 bits and 32 columns and values of 16 (Triton 3.6, 2026-11-30). Others met
+# it, too (triton-lang/triton#11366, pytorch/helion#1905). So rows are of 64 elements there.
+
+
+def _widened(base: Plan, device: Device, *, block_m: int, bits: int) -> Plan:
+    """Return `base` with rows that are wide enough; see Note [Narrow products]."""
+    wgmma = device.arch == 90 and block_m >= 64 and bits <= 16
+    columns = (64 if wgmma else 16) * (1 if base.pairs is None else 2)
+    block_dv = max(base.block_dv, columns) if wgmma else base.block_dv
+    return base._replace(block_d=max(base.block_d, columns), block_dv=block_dv)
+
+
 def plan_decode(
     base: Plan, device: Device, *, tokens: int, seqs: int, kv_heads: int, bits: int, max_keys: int
 ) -> Config:
@@ -54,12 +71,10 @@ def plan_decode(
     53.5 instead of 52.6 (2026-11-30).
     """
     _, prefill = parts(tokens, seqs)
-    if base.pairs is not None:
-        # A product takes 16 columns of queries and keys or more, and pairs halve them.
-        base = base._replace(block_d=max(base.block_d, 32))
     rows = 1 if prefill else triton.cdiv(tokens, max(seqs, 1)) * base.group
     block_m = min(max(triton.next_power_of_2(rows), 16), 64)
     block_m = max(block_m, triton.next_power_of_2(base.group))
+    base = _widened(base, device, block_m=block_m, bits=bits)
     workers = max(2 * device.processors // kv_heads, 1)
     small = bits == 8 and block_m == 16 and 2 * seqs > workers
     row_bytes = max(base.block_d, base.block_dv) * bits // 8
@@ -128,6 +143,8 @@ def plan_prefill(
 ) -> Config:
     """Plan the prefilling of `tokens` queries; the wider of query and cache has `bits` bits."""
     decode, _ = parts(tokens, seqs)
+    base = base._replace(pairs=None)
+    base = _widened(base, device, block_m=64, bits=bits)
     row_bytes = max(base.block_d, base.block_dv) * bits // 8
     # Tiles must fit the shared memory: 99 KiB on sm_86 and sm_89, 64 KiB on gfx942.
     large = device.arch in (80, 90, 100, 103) and bits == 16
@@ -137,19 +154,12 @@ def plan_prefill(
         # Registers are enough for three consumers of narrow heads, of 64 rows each.
         block_m = 192 if base.block_d == 64 else 128
         block_n = 128 if base.block_d <= 128 else 64
-    block_dv = base.block_dv
-    if base.pairs is not None:
-        # With 8 bits, keys in rows of 32 and values in rows of 16 gave wrong results on an H200
-        # (Triton 3.6, 2026-11-30), unlike rows of 16 for both or of 32 and 64. Why was not found.
-        block_dv = max(block_dv, min(base.block_d, 32))
     plan = base._replace(
-        block_dv=block_dv,
         tile_rows=block_m,
         block_m=block_m,
         block_n=block_n,
         block_b=min(triton.next_power_of_2(seqs + 1), 1024),
         max_queries=MAX_DECODED if decode else None,
-        pairs=None,
         pdl=hopper,
     )
     return Config(complete(plan), 8 if large and not hopper else 4, 3 if large else 2)

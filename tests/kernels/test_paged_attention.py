@@ -645,14 +645,25 @@ def test_rows_of_8_bits_are_read_in_pairs_where_they_consist_of_them() -> None:
     assert kernel._pairs((query[None],) * 2, query, H200) is None
 
 
-def test_narrow_rows_of_8_bits_are_computed_as_wider_ones() -> None:
-    narrow = BASE._replace(block_d=16, block_dv=16, pairs="int8")
-    sizes = {"tokens": 1024, "seqs": 1, "bits": 16}
-    decode = plans.plan_decode(narrow, H200, **sizes, kv_heads=8, max_keys=4096).plan
-    assert (decode.block_d, decode.block_dv) == (32, 16)
-    for block_d, block_dv in ((16, 16), (32, 32), (256, 32)):
-        plan = plans.plan_prefill(narrow._replace(block_d=block_d), H200, **sizes).plan
-        assert (plan.block_d, plan.block_dv, plan.pairs) == (block_d, block_dv, None)
+def test_narrow_heads_are_computed_as_wider_ones() -> None:
+    narrow = BASE._replace(block_d=16, block_dv=16)
+    a100 = Device(arch=80, processors=108)
+    sizes = {"tokens": 32, "seqs": 32, "kv_heads": 8, "max_keys": 4096}
+    for group, pairs, device, widths in (
+        (4, None, H200, (16, 16)),
+        (4, "int8", H200, (32, 16)),
+        (64, None, H200, (64, 64)),
+        (64, "int8", H200, (128, 128)),
+        (64, "int8", a100, (32, 16)),
+    ):
+        base = narrow._replace(group=group, pairs=pairs)
+        plan = plans.plan_decode(base, device, **sizes, bits=8 if pairs else 16).plan
+        assert (plan.block_d, plan.block_dv, plan.pairs) == (*widths, pairs)
+    sizes = {"tokens": 1024, "seqs": 1}
+    for bits, device, width in ((16, H200, 64), (32, H200, 16), (16, a100, 16)):
+        base = narrow._replace(pairs="int8")
+        plan = plans.plan_prefill(base, device, **sizes, bits=bits).plan
+        assert (plan.block_d, plan.block_dv, plan.pairs) == (width, width, None)
 
 
 def test_few_sequences_merge_more_partial_results_at_once() -> None:
