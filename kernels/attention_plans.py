@@ -32,7 +32,7 @@ def parts(tokens: int, seqs: int) -> tuple[bool, bool]:
     return seqs != 1 or not prefill, prefill
 
 
-def most_units(tokens: int, seqs: int, group: int, tile_rows: int) -> int:
+def _most_units(tokens: int, seqs: int, group: int, tile_rows: int) -> int:
     """Return how many tiles of queries the rows of `tokens` queries take, at most."""
     return min(tokens * group // tile_rows + seqs, tokens)
 
@@ -40,10 +40,11 @@ def most_units(tokens: int, seqs: int, group: int, tile_rows: int) -> int:
 # Note [Narrow products]
 # A product takes 16 columns of queries and keys or more, and pairs halve what it is given.
 #
-# On Hopper, where a product of 64 queries or more is a wgmma, kernels with two such products whose
-# rows are of 16 or 32 elements may read outside of shared memory or give wrong results: prefilling
-# did both with keys of 8 bits and 32 columns and values of 16 (Triton 3.6, 2026-11-30). Others met
-# it, too (triton-lang/triton#11366, pytorch/helion#1905). So rows are of 64 elements there.
+# On Hopper a product of 64 queries or more is a wgmma. Two of them in a kernel, with rows of 16 or
+# 32 elements, are reported to read outside of shared memory or to give wrong results, and with rows
+# of 64 not to (pytorch/helion#1905, triton-lang/triton#11366). Prefilling did what fits that, with
+# an illegal access, NaN or other wrong numbers, where keys of 8 bits had 32 columns and values 16
+# (H200, Triton 3.6, 2026-11-30). So rows are of 64 elements there.
 
 
 def _widened(base: Plan, device: Device, *, block_m: int, bits: int) -> Plan:
@@ -82,7 +83,7 @@ def plan_decode(
     # Tiles of whole tokens keep partial results small: where they are no more, they are taken.
     whole = block_m - block_m % base.group
     tile_rows = whole if triton.cdiv(rows, whole) == triton.cdiv(rows, block_m) else block_m
-    tiles = most_units(tokens, seqs, base.group, tile_rows) * triton.cdiv(max_keys, block_n)
+    tiles = _most_units(tokens, seqs, base.group, tile_rows) * triton.cdiv(max_keys, block_n)
     plan = base._replace(
         tile_rows=tile_rows,
         block_m=block_m,
@@ -127,7 +128,7 @@ def plan_merge(plan: Plan, *, tokens: int, seqs: int) -> Merge:
     rows = min(queries * plan.group, plan.tile_rows)
     rows = max(triton.next_power_of_2(rows) // 4, 1)
     rows = min(rows, max(32 // 2 ** (results.bit_length() - 1), 1))
-    units = max(most_units(tokens, seqs, plan.group, plan.tile_rows), 1)
+    units = max(_most_units(tokens, seqs, plan.group, plan.tile_rows), 1)
     if results <= FEW.value and rows == 1:
         # A longer sequence may be among them. Decoding 8 bits leaves fewer registers.
         ahead, num_warps = 9, 2 if plan.pairs is None or units <= 16 else 1

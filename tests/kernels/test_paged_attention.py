@@ -219,12 +219,11 @@ def test_queries_of_any_size_meet_caches_of_8_bits(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sizes", [(45, 45), (64, 45), (45, 64)])
+@pytest.mark.parametrize(("head_size", "value_size"), [(45, 45), (64, 45), (45, 64)])
 @pytest.mark.parametrize(("cache_dtype", "kind"), CODES)
 def test_rows_of_8_bits_that_are_no_pairs_are_right(
-    cache_dtype: torch.dtype, kind: str | None, sizes: tuple[int, int]
+    cache_dtype: torch.dtype, kind: str | None, head_size: int, value_size: int
 ) -> None:
-    head_size, value_size = sizes
     sizes = {"head_size": head_size, "value_size": value_size}
     batch = make_batch(*MIXED, **sizes, dtype=torch.bfloat16, cache_dtype=cache_dtype)
     assert_kernel_is_as_accurate_as_reference(batch, "cuda", **make_scales(batch, kind))
