@@ -107,6 +107,8 @@ def make_cases() -> list[Case]:
         cases.append(even("ragged", 32, mean, what=f"like seed {seed}"))
     for batch, context in ((32, 4096), (32, 8192), (1, 65536), (8, 8192), (128, 1024)):
         cases.append(even("float8 cache", batch, context, cache_dtype=FP8))
+    for batch, context, new in ((1, 8192, 8192), (1, 32768 + 1024, 1024), (16, 1024, 1024)):
+        cases.append(even("float8 cache", batch, context, new, f"{new} new", cache_dtype=FP8))
     cases.append(even("window", 8, 4096, what="without"))
     cases.append(even("window", 8, 65536, what="of 4096", window=4096))
     cases.append(even("window", 8, 4096, 1024, "without, 1024 new"))

@@ -32,6 +32,7 @@ class Plan(NamedTuple):
         block_n: keys of a tile; a power of 2.
         block_b: sequences, of which each program scans all (decode) or as many at a time (prefill).
         pairs: caches of 8 bits are read in pairs of this kind; None for one by one.
+        converts: caches of 8 bits are converted in shared memory, on Hopper.
         workers: programs to a KV head that share the decoding.
         max_queries: longer sequences are prefilled; None if all are decoded.
         pdl: whether the next kernel starts early (programmatic dependent launch).
@@ -58,6 +59,7 @@ class Plan(NamedTuple):
     block_n: int = 0
     block_b: int = 0
     pairs: str | None = None
+    converts: bool = False
     workers: int = 0
     max_queries: int | None = None
     pdl: bool = False

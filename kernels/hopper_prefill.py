@@ -10,6 +10,7 @@ on sm_90.
 
 from __future__ import annotations
 
+import torch
 import triton.experimental.gluon.language as gl
 import triton.language as tl
 from torch import Tensor
@@ -24,16 +25,28 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from torch_tkv.kernels.attention_geometry import SIZES, Plan, query_rows, visible
 from torch_tkv.kernels.attention_result import Result, finish_rows, store_rows
-from torch_tkv.kernels.attention_tiles import LOG2E, Modifiers, modify, softmax_step
+from torch_tkv.kernels.attention_tiles import (
+    LOG2E,
+    Modifiers,
+    modify,
+    scale_of_head,
+    softmax_step,
+    to_half,
+)
+from torch_tkv.kernels.hopper_convert import (
+    CONVERTERS,
+    SCALES,
+    allocate_scales,
+    convert,
+    produce_codes,
+)
 from torch_tkv.kernels.hopper_ring import (
-    HALF,
     STAGES,
     Ring,
-    Stages,
+    allocate,
     barrier,
     barriers,
     clear_unread,
-    matrices,
     produce,
 )
 from torch_tkv.kernels.tile_list import Work, known, load_entry, num_turns, tile_of
@@ -75,21 +88,27 @@ def _pass_turn(WHICH: gl.constexpr, turns, plan: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(
-    scores, state, tile, factor, scale, rows, blocks, MASKED: gl.constexpr, plan: gl.constexpr
-):
-    """Return the weights of a tile as an operand of the next product, and the new state."""
+def _softmax(scores, state, ring, step, tile, about, MASKED: gl.constexpr, plan: gl.constexpr):
+    """Return the weights of a tile of keys, for the next product, and the new state."""
     highest, total = state
+    factor, scale, rows, blocks = about
     LAYOUT: gl.constexpr = scores.type.layout
-    columns = gl.arange(0, plan.block_n, layout=gl.SliceLayout(0, LAYOUT))
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    columns = gl.arange(0, plan.block_n, layout=COLUMNS)
+    if ring.k_scales is not None:
+        scores *= ring.k_scales.index(step % SCALES).load(COLUMNS)[None, :]
     key_position = (tile * plan.block_n + columns)[None, :]
     if plan.softcap is not None:
         nothing = Modifiers(None, None, None, None, None)
-        scores = modify(scores * scale, key_position, rows.position[:, None], nothing, plan)
+        scores = modify(
+            scores * scale[:, None], key_position, rows.position[:, None], nothing, plan
+        )
     if MASKED:
         seen = visible(key_position, rows.position[:, None], blocks.end, plan)
         scores = gl.where(seen, scores, float("-inf"))
     weights, rescale, highest, total = softmax_step(scores, factor, highest, total)
+    if ring.v_scales is not None:
+        weights *= ring.v_scales.index(step % SCALES).load(COLUMNS)[None, :]
     return weights, rescale, highest, total
 
 
@@ -112,21 +131,32 @@ def _load_query(WHICH: gl.constexpr, query, tile, plan: gl.constexpr):
 
 
 @gluon.jit
-def _store_query(q, loaded):
-    """Put queries where the tensor cores read them."""
+def _store_query(q, loaded, plan: gl.constexpr):
+    """Put queries where the tensor cores read them, and return what they have to be scaled by."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, plan.block_n, 16])
+    power = gl.full([ROWS], 1.0, gl.float32, layout=gl.SliceLayout(1, SCORES))
+    if loaded.dtype != q.dtype:  # the caches are of 8 bits
+        # What is converted is read back: else it would be unpacked, into twice as many registers,
+        # long before, when it is loaded.
+        q.store(loaded.to(q.dtype, bitcast=True))
+        loaded = q.load(loaded.type.layout).to(loaded.dtype, bitcast=True)
+        halves, back = to_half((loaded,), plan)
+        loaded, power = halves[0], gl.convert_layout(back, power.type.layout)
     q.store(loaded)
     fence_async_shared()
     barrier()
+    return power
 
 
 @gluon.jit
 def _consume(WHICH: gl.constexpr, shared, SATURATES: gl.constexpr, plan: gl.constexpr):
     """Attend 64 rows of each tile of queries to all its tiles of keys."""
-    ring, turns, q_memory, query, _, work, result = shared
+    ring, turns, q_memory, query, _, _, work, result = shared
     q = q_memory.index(WHICH)
     # Of a tuple that nests others, Triton 3.6 carries some fields into the next turn, not all.
     following = known(load_entry(0, work), work, plan)
-    _store_query(q, _load_query(WHICH, query, tile_of(following, work, plan), plan))
+    loaded = _load_query(WHICH, query, tile_of(following, work, plan), plan)
+    power = _store_query(q, loaded, plan)
     _wait_keys(ring, 0, True, plan)
     scores = _start_scores(WHICH, ring, turns, q, 0, plan)
     _pass_turn(WHICH, turns, plan)
@@ -136,8 +166,8 @@ def _consume(WHICH: gl.constexpr, shared, SATURATES: gl.constexpr, plan: gl.cons
     for turn in range(num_turns(work)):
         tile = tile_of(following, work, plan)
         ahead = load_entry(turn + 1, work)
-        acc, highest, total, scores, following = _attend_tile(
-            WHICH, shared, q, scores, tile, ahead, done, plan
+        acc, highest, total, scores, power, following = _attend_tile(
+            WHICH, shared, q, scores, power, tile, ahead, done, plan
         )
         _store(WHICH, result, acc, highest, total, tile, SATURATES, plan)
         done += tile.walk.hi - tile.walk.lo
@@ -189,6 +219,7 @@ def _attend_tile(
     shared,
     q,
     scores,  # of its first tile of keys
+    power,  # what they have to be scaled by
     tile,
     ahead,  # entry of the next tile of queries
     done,  # tiles of keys before this tile of queries
@@ -199,26 +230,28 @@ def _attend_tile(
     The last values are multiplied together with the first keys of the next tile of queries, whose
     scores and entry are returned, too.
     """
-    ring, turns, _, query, scale, work, _ = shared
+    ring, turns, _, query, keys, scale, work, _ = shared
     SCORES: gl.constexpr = scores.type.layout
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, plan.block_d, 16])
     walk, blocks = tile.walk, tile.blocks
     steps = walk.hi - walk.lo
     m = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     rows = query_rows(m, tile.seq, tile.query_tile, tile.kv_head, plan)
+    scale = power * (scale * scale_of_head(keys, tile.kv_head))
     factor = gl.full([ROWS], LOG2E, gl.float32, layout=gl.SliceLayout(1, SCORES))
     if plan.softcap is None:
         factor *= scale
     highest = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
     total = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, SCORES))
     acc = gl.full([ROWS, plan.block_d], 0.0, gl.float32, layout=RESULT)
+    about = (factor, scale, rows, blocks)
     weights, _, highest, total = _softmax(
-        scores, (highest, total), walk.hi - 1, factor, scale, rows, blocks, True, plan
+        scores, (highest, total), ring, done, walk.hi - 1, about, True, plan
     )
     _wait_keys(ring, done + 1, True, plan)
     clear_unread(ring, done, walk.hi - 1, tile.seq.length, False, plan)
     state = (_operand(weights, q.dtype, plan), acc, highest, total)
-    context = (ring, turns, q, done, walk.hi - 1, factor, scale, rows, blocks)
+    context = (ring, turns, q, done, walk.hi - 1, about)
     above = gl.minimum(gl.maximum(walk.hi - walk.masked_from, 1), steps)
     below = steps
     if plan.window is not None:
@@ -229,14 +262,21 @@ def _attend_tile(
         if step < above:
             state = _step(WHICH, state, step, *context, True, plan)
     following = known(ahead, work, plan)
-    loaded = _load_query(WHICH, query, tile_of(following, work, plan), plan)
+    # Where registers are enough, the next queries are loaded while these meet their keys. Heads of
+    # 256 spilled: 1 x 8192 tokens of 16 and 16 heads took 4% more time, 1 x 1024 15% (H200, Triton
+    # 3.6, 2026-11-30).
+    EARLY: gl.constexpr = plan.block_d <= 128
+    if EARLY:
+        loaded = _load_query(WHICH, query, tile_of(following, work, plan), plan)
     for step in range(above, below):
         state = _step(WHICH, state, step, *context, False, plan)
     if plan.window is not None:
         for step in range(below, steps):
             state = _step(WHICH, state, step, *context, True, plan)
     weights, acc, highest, total = state
-    _store_query(q, loaded)
+    if not EARLY:
+        loaded = _load_query(WHICH, query, tile_of(following, work, plan), plan)
+    power = _store_query(q, loaded, plan)
     now, last = done + steps, done + steps - 1
     scores = _start_scores(WHICH, ring, turns, q, now, plan)
     mbarrier.wait(ring.v.full.index(last % STAGES), last // STAGES & 1)
@@ -248,7 +288,7 @@ def _attend_tile(
     mbarrier.arrive(ring.k.free.index(now % STAGES), count=1)
     acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
     mbarrier.arrive(ring.v.free.index(last % STAGES), count=1)
-    return acc, highest, total, scores, following
+    return acc, highest, total, scores, power, following
 
 
 @gluon.jit
@@ -261,10 +301,7 @@ def _step(
     q,
     done,
     last_tile,
-    factor,
-    scale,
-    rows,
-    blocks,
+    about,
     MASKED: gl.constexpr,
     plan: gl.constexpr,
 ):
@@ -278,7 +315,7 @@ def _step(
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(ring.k.free.index(now % STAGES), count=1)
     new, rescale, highest, total = _softmax(
-        scores, (highest, total), last_tile - step, factor, scale, rows, blocks, MASKED, plan
+        scores, (highest, total), ring, now, last_tile - step, about, MASKED, plan
     )
     _wait_keys(ring, now + 1, True, plan)
     acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
@@ -313,27 +350,20 @@ def hopper_prefill(
     SATURATES: gl.constexpr,
     plan: gl.constexpr,
 ):
-    DTYPE: gl.constexpr = query.dtype.element_ty
-    SLOTS: gl.constexpr = min(plan.page, plan.block_n)
-    COUNT: gl.constexpr = STAGES * (plan.block_d // HALF) * (plan.block_n // SLOTS)
+    DTYPE: gl.constexpr = gl.float16 if plan.converts else query.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    k_boxes = gl.allocate_shared_memory(DTYPE, [COUNT, 1, 1, SLOTS, HALF], key_boxes.layout)
-    v_boxes = gl.allocate_shared_memory(DTYPE, [COUNT, 1, 1, SLOTS, HALF], key_boxes.layout)
     CONSUMERS: gl.constexpr = plan.block_m // ROWS
     q_memory = gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, plan.block_d], TILE)
-    BLOCK_N: gl.constexpr = plan.block_n
-    SIZE: gl.constexpr = plan.block_d
-    k, v = matrices(k_boxes, STAGES, BLOCK_N, SIZE), matrices(v_boxes, STAGES, BLOCK_N, SIZE)
-    ring = Ring(
-        Stages(k, k_boxes, barriers(STAGES), barriers(STAGES)),
-        Stages(v, v_boxes, barriers(STAGES), barriers(STAGES)),
-    )
+    k = allocate(DTYPE, STAGES, CONSUMERS, plan)
+    v = allocate(DTYPE, STAGES, CONSUMERS, plan)
+    k_scales, v_scales = None, None
+    if keys.scales is not None:
+        k_scales, v_scales = allocate_scales(plan), allocate_scales(plan)
+    ring = Ring(k, v, k_scales, v_scales)
+    if plan.converts:
+        CODES: gl.constexpr = 2 if plan.block_d <= 128 else 1  # stages; there is no room for more
+        codes = allocate(gl.int8, CODES, 1, plan, 1 if keys.scales is None else 2)
     turns = barriers(CONSUMERS)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ring.k.full.index(i), count=1)
-        mbarrier.init(ring.k.free.index(i), count=CONSUMERS)
-        mbarrier.init(ring.v.full.index(i), count=1)
-        mbarrier.init(ring.v.free.index(i), count=CONSUMERS)
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
@@ -342,12 +372,24 @@ def hopper_prefill(
     sizes = (num_seqs, num_tokens, num_blocks, max_blocks * plan.page, kv_heads)
     work = Work(tiles, num_tiles, batch, *sizes)
     result = Result(out, lse_out, values, extra.sinks, output_scale, kv_heads * plan.group)
-    shared = (ring, turns, q_memory, rows, scale, work, result)
+    shared = (ring, turns, q_memory, rows, keys, scale, work, result)
     if plan.pdl:
         tl.extra.cuda.gdc_wait()
     # Beside the warps of each part the registers of its threads. All start with 168, or 128 where
     # there are three consumers; the producers leave most of theirs.
-    if CONSUMERS == 2:
+    if plan.converts:
+        boxes = (key_boxes, value_boxes)
+        gl.warp_specialize(
+            [
+                (_consume, (0, shared, SATURATES, plan)),
+                (_consume, (1, shared, SATURATES, plan)),
+                (convert, (codes, keys, ring, work, CODES, plan)),
+                (produce_codes, (boxes, (keys, values), codes, ring, work, CODES, plan)),
+            ],
+            [4, CONVERTERS, 1],
+            [232, 40, 40],
+        )
+    elif CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (_consume, (0, shared, SATURATES, plan)),
@@ -373,8 +415,12 @@ def hopper_prefill(
 
 
 def boxes_of(cache: Tensor, plan: Plan) -> TensorDescriptor:
-    """Return the descriptor by which the TMA fetches half rows of a block of `cache`."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    box = [1, 1, min(plan.page, plan.block_n), HALF.value]
+    """Return the descriptor by which the TMA fetches rows of a block of `cache`, or half rows."""
+    if plan.converts:
+        cache = cache.view(torch.int8)
+    bits = 8 * cache.element_size()
+    width = min(plan.block_d, 1024 // bits)
+    layout = gl.NVMMASharedLayout(width * bits // 8, bits, rank=4)
+    box = [1, 1, min(plan.page, plan.block_n), width]
     cache = cache.transpose(1, 2)
     return TensorDescriptor(cache, list(cache.shape), list(cache.stride()), box, layout)

@@ -23,11 +23,11 @@ _REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret")
 
 
 class Stages(NamedTuple):
-    """Shared memory that a producer fills, with keys or with values, and the consumers empty."""
+    """Shared memory that is filled with keys or values, and emptied."""
 
-    matrices: Any  # [STAGES, block_n, D]
+    matrices: Any  # [stages, block_n, D]
     boxes: Any  # the same memory, box by box
-    full: Any  # barriers, [STAGES]
+    full: Any  # barriers, [stages]
     free: Any
 
 
@@ -36,6 +36,8 @@ class Ring(NamedTuple):
 
     k: Stages
     v: Stages
+    k_scales: Any  # None or [SCALES, block_n]; see Note [Converted caches] in hopper_convert
+    v_scales: Any
 
 
 @gluon.jit
@@ -47,7 +49,8 @@ def barriers(COUNT: gl.constexpr):
 @gluon.jit
 def matrices(memory, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """Return shared memory as matrices that follow each other."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    BITS: gl.constexpr = memory.dtype.primitive_bitwidth
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(COLUMNS * BITS // 8, 128), BITS, 2)
     if _REINTERPRETS:
         return memory.reinterpret(memory.dtype, [COUNT, ROWS, COLUMNS], LAYOUT)
     else:
@@ -55,44 +58,79 @@ def matrices(memory, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.conste
 
 
 @gluon.jit
-def produce(cache, stages, work, AHEAD: gl.constexpr, plan: gl.constexpr):
-    """Fetch the keys, or the values, of all tiles of queries, and the first AHEAD of one more.
+def allocate(
+    DTYPE: gl.constexpr,
+    COUNT: gl.constexpr,
+    READERS: gl.constexpr,
+    plan: gl.constexpr,
+    ARRIVALS: gl.constexpr = 1,  # until a stage is full
+):
+    """Return COUNT stages, each of which READERS have to leave before it is filled again."""
+    BITS: gl.constexpr = DTYPE.primitive_bitwidth
+    SLOTS: gl.constexpr = min(plan.page, plan.block_n)
+    WIDTH: gl.constexpr = min(plan.block_d, 1024 // BITS)
+    BOXES: gl.constexpr = COUNT * (plan.block_d // WIDTH) * (plan.block_n // SLOTS)
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(WIDTH * BITS // 8, BITS, 4)
+    boxes = gl.allocate_shared_memory(DTYPE, [BOXES, 1, 1, SLOTS, WIDTH], LAYOUT)
+    full, free = barriers(COUNT), barriers(COUNT)
+    for i in gl.static_range(COUNT):
+        mbarrier.init(full.index(i), count=ARRIVALS)
+        mbarrier.init(free.index(i), count=READERS)
+    return Stages(matrices(boxes, COUNT, plan.block_n, plan.block_d), boxes, full, free)
 
-    What is no block of the cache arrives as zeros.
-    """
+
+@gluon.jit
+def block_numbers(blocks, tile, plan: gl.constexpr):
+    """Return the block numbers of a tile of keys; N for what is not read, or no block."""
+    SLOTS: gl.constexpr = min(plan.page, plan.block_n)
+    numbers = ()
+    for box in gl.static_range(plan.block_n // SLOTS):
+        position = tile * plan.block_n + box * SLOTS
+        entry = blocks.row + (position // plan.page).to(gl.int64) * blocks.stride
+        read = (position < blocks.end) & (position + SLOTS > blocks.begin)
+        number = gl.load(entry, mask=read, other=-1)
+        exists = (number >= 0) & (number < blocks.num_blocks)
+        number = gl.where(exists, number, blocks.num_blocks).to(gl.int32)
+        numbers = numbers + (number,)  # type: ignore[assignment]  # noqa: RUF005, no stars
+    return numbers
+
+
+@gluon.jit
+def fetch(cache, numbers, tile, kv_head, stages, step, COUNT: gl.constexpr, plan: gl.constexpr):
+    """Fetch a tile of a cache into one of COUNT stages; block number N arrives as zeros."""
+    BITS: gl.constexpr = stages.boxes.dtype.primitive_bitwidth
     SLOTS: gl.constexpr = min(plan.page, plan.block_n)
     BOXES: gl.constexpr = plan.block_n // SLOTS
-    HALVES: gl.constexpr = plan.block_d // HALF
+    WIDTH: gl.constexpr = min(plan.block_d, 1024 // BITS)
+    PARTS: gl.constexpr = plan.block_d // WIDTH
+    stage = step % COUNT
+    mbarrier.wait(stages.free.index(stage), (step // COUNT & 1) ^ 1)
+    mbarrier.expect(stages.full.index(stage), plan.block_n * plan.block_d * BITS // 8)
+    for box in gl.static_range(BOXES):
+        offset = (tile * plan.block_n + box * SLOTS) % plan.page
+        for part in gl.static_range(PARTS):
+            load_box(
+                cache,
+                [numbers[box], kv_head, offset, part * WIDTH],
+                stages.full.index(stage),
+                stages.boxes.index((stage * PARTS + part) * BOXES + box),
+            )
+
+
+@gluon.jit
+def produce(cache, stages, work, AHEAD: gl.constexpr, plan: gl.constexpr):
+    """Fetch the keys, or the values, of all tiles of queries, and the first AHEAD of one more."""
     step = 0
     ahead = load_entry(0, work)
     turns = num_turns(work)
     for turn in range(turns + AHEAD):
         queries = tile_of(known(ahead, work, plan), work, plan)
         ahead = load_entry(turn + 1, work)
-        blocks, walk = queries.blocks, queries.walk
+        walk = queries.walk
         for n in range(gl.where(turn < turns, walk.hi - walk.lo, AHEAD)):
             tile = walk.hi - 1 - n
-            numbers = ()
-            for box in gl.static_range(BOXES):
-                position = tile * plan.block_n + box * SLOTS
-                entry = blocks.row + (position // plan.page).to(gl.int64) * blocks.stride
-                read = (position < blocks.end) & (position + SLOTS > blocks.begin)
-                number = gl.load(entry, mask=read, other=-1)
-                exists = (number >= 0) & (number < blocks.num_blocks)
-                number = gl.where(exists, number, blocks.num_blocks).to(gl.int32)
-                numbers = numbers + (number,)  # type: ignore[assignment]  # noqa: RUF005, no stars
-            stage = step % STAGES
-            mbarrier.wait(stages.free.index(stage), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(stages.full.index(stage), plan.block_n * plan.block_d * 2)
-            for box in gl.static_range(BOXES):
-                offset = (tile * plan.block_n + box * SLOTS) % plan.page
-                for half in gl.static_range(HALVES):
-                    load_box(
-                        cache,
-                        [numbers[box], queries.kv_head, offset, half * HALF],
-                        stages.full.index(stage),
-                        stages.boxes.index((stage * HALVES + half) * BOXES + box),
-                    )
+            numbers = block_numbers(queries.blocks, tile, plan)
+            fetch(cache, numbers, tile, queries.kv_head, stages, step, STAGES, plan)
             step += 1
 
 

@@ -200,7 +200,11 @@ class _Attention(NamedTuple):
     def prefill(self, base: Plan, device: Device) -> Launch:
         hopper = self._hopper(base, device)
         bits = 8 * max(self.query.element_size(), self.keys.data.element_size())
-        config = plan_prefill(base, device, **self.sizes, bits=bits, hopper=hopper is not None)
+        caches = (self.keys.data, self.values.data)
+        converts = hopper is not None and caches[0].element_size() == 1
+        config = plan_prefill(
+            base, device, **self.sizes, bits=bits, hopper=hopper is not None, converts=converts
+        )
         plan, num_warps, num_stages = config
         seqs, tokens, _, max_blocks = self.limits
         tiles = tokens * plan.group // plan.tile_rows + seqs + 1
@@ -216,7 +220,7 @@ class _Attention(NamedTuple):
                 options,
             )
         listed = self.query.new_empty((tiles + 1) * FIELDS.value, dtype=torch.int32)
-        boxes = [hopper.boxes_of(cache, plan) for cache in (self.keys.data, self.values.data)]
+        boxes = [hopper.boxes_of(cache, plan) for cache in caches]
         attend = Launch(
             hopper.hopper_prefill,
             (min(device.processors, tiles * kv_heads),),
@@ -238,21 +242,21 @@ class _Attention(NamedTuple):
     def _hopper(self, base: Plan, device: Device) -> ModuleType | None:
         """Return the module of the prefilling kernel for Hopper where it can do this."""
         caches = (self.keys.data, self.values.data)
+        together = 16 // caches[0].element_size()  # elements
         able = (
             device.arch == 90
             and triton.__version__.startswith(_GLUON_TRITONS)
             and base.size == base.value_size
             and 64 <= base.block_d <= 256
-            and base.size % 8 == 0
+            and base.size % together == 0
             and self.extra.slopes is None
             and self.extra.bias is None
+            and self.query.element_size() == 2
+            and all(cache.dtype == self.query.dtype for cache in caches if together == 8)
             # A block is fetched in boxes of 8 rows or more, a power of 2, with aligned rows.
             and base.page in (8, 16, 32, 64, 128, 256)
-            and all(
-                cache.dtype == self.query.dtype and cache.element_size() == 2 for cache in caches
-            )
             and all(cache.data_ptr() % 16 == 0 and min(cache.shape) > 0 for cache in caches)
-            and all(stride % 8 == 0 for cache in caches for stride in cache.stride()[:3])
+            and all(stride % together == 0 for cache in caches for stride in cache.stride()[:3])
         )
         return importlib.import_module("torch_tkv.kernels.hopper_prefill") if able else None
 

@@ -59,5 +59,6 @@ def test_every_kernel_compiles_without_a_gpu(compiled, target: str) -> None:
         assert report["shared"] <= limit, report["name"]
         if re.match(r"reshape_and_cache torch.(float32|bfloat16) (?!13 x 46)", report["name"]):
             assert re.search(WIDE_STORE[family], report["assembly"]), report["name"]
-    specialised = any(report["kernel"] == "hopper_prefill" for report in reports)
-    assert specialised == (target == "sm_90")
+    specialised = [report["name"] for report in reports if report["kernel"] == "hopper_prefill"]
+    assert bool(specialised) == (target == "sm_90")
+    assert any("int8" in name for name in specialised) == (target == "sm_90")

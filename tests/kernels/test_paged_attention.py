@@ -69,7 +69,10 @@ LONG = ([700, 1, 900, 260], [500, 1, 90, 260])
 # Other forms of the kernels than the default's: of Hopper, say.
 SHAPES: list[dict[str, Any]] = [{}]
 if HAS_GPU:
-    SHAPES += [{"heads": (32, 8), "head_size": 128, "dtype": torch.bfloat16}]
+    SHAPES += [
+        {"heads": (32, 8), "head_size": 128, "dtype": torch.bfloat16, "cache_dtype": dtype}
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn)
+    ]
 
 
 def launch(*args: Any, **kwargs: Any) -> Any:
@@ -219,6 +222,25 @@ def test_queries_of_any_size_meet_caches_of_8_bits(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("head_size", "block_size", "window"),
+    [(64, 256, None), (80, 8, 99), (128, 16, 99), (256, 64, None)],
+)
+@pytest.mark.parametrize(("cache_dtype", "kind"), CODES)
+def test_prompts_meet_caches_of_8_bits(
+    cache_dtype: torch.dtype,
+    kind: str | None,
+    head_size: int,
+    block_size: int,
+    window: int | None,
+) -> None:
+    sizes = {"heads": (8, 2), "head_size": head_size, "block_size": block_size, "window": window}
+    batch = make_batch(*LONG, **sizes, dtype=torch.bfloat16, cache_dtype=cache_dtype, padding=3)
+    options = {"window": window, **make_scales(batch, kind, window=window)}
+    assert_kernel_is_as_accurate_as_reference(batch, "cuda", **options)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("head_size", "value_size"), [(45, 45), (64, 45), (45, 64)])
 @pytest.mark.parametrize(("cache_dtype", "kind"), CODES)
 def test_rows_of_8_bits_that_are_no_pairs_are_right(
@@ -364,13 +386,18 @@ def test_a_query_of_nan_gives_nan_and_leaves_the_others_alone(device: str) -> No
     assert out.sum() == 2 * 16
 
 
+def finite(cache: Tensor) -> Tensor:
+    return torch.nan_to_num(cache.float(), posinf=0.0, neginf=0.0).to(cache.dtype)
+
+
 def guarded(batch: Batch) -> Batch:
     """Return a batch of finite caches that lie between guard regions of NaN."""
     caches = []
     for cache in batch[1:3]:
         n = cache.shape[0]
-        guard = cache.new_full((3 * n, *cache.shape[1:]), torch.nan)
-        guard[n : 2 * n] = torch.nan_to_num(cache, posinf=0.0, neginf=0.0)
+        guard = torch.full((3 * n, *cache.shape[1:]), torch.nan, device=cache.device)
+        guard = guard.to(cache.dtype)
+        guard[n : 2 * n] = finite(cache)
         caches.append(guard[n : 2 * n])
     return batch._replace(key_cache=caches[0], value_cache=caches[1])
 
@@ -399,7 +426,7 @@ def test_starts_that_descend_read_no_row_behind_the_block_table(
     device: str, shape: dict[str, Any]
 ) -> None:
     batch = make_batch([200, 8], [200, 0], block_size=8, **shape).to(device)
-    caches = [torch.cat((c.nan_to_num(), torch.full_like(c[:1], 1e4))) for c in batch[1:3]]
+    caches = [torch.cat((finite(c), torch.full_like(c[:1], 400.0))) for c in batch[1:3]]
     table = torch.cat(
         (batch.block_table, torch.full_like(batch.block_table[:1], len(caches[0]) - 1))
     )
@@ -695,6 +722,10 @@ def test_prefill_takes_the_tiles_that_fit_the_gpu() -> None:
     for size, tile in ((64, (192, 128)), (256, (128, 64))):
         plan = plans.plan_prefill(BASE._replace(block_d=size), H200, **sizes, hopper=True).plan
         assert (plan.block_m, plan.block_n) == tile
+    for size, tile in ((64, (128, 128)), (128, (128, 128)), (256, (128, 64))):
+        base = BASE._replace(block_d=size)
+        plan = plans.plan_prefill(base, H200, **sizes, hopper=True, converts=True).plan
+        assert (plan.block_m, plan.block_n, plan.converts) == (*tile, True)
     large = plans.plan_prefill(BASE, H200, **sizes)
     assert (large.plan.block_m, large.plan.block_n, large.num_warps) == (128, 64, 8)
     small = plans.plan_prefill(BASE, Device(arch=89, processors=100), **sizes)

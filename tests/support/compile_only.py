@@ -176,6 +176,10 @@ def attention_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
             sizes = (size, size)
             run(paged_attention.prepare(*arguments(7, 8, sizes, half, dtype), **scales))
             yield f"paged_attention {size} {dtype}"
+        for size in (128, 256) if dtype == torch.int8 else (128,):
+            sizes = (size, size)
+            run(paged_attention.prepare(*arguments(700, 8, sizes, half, dtype), **scales))
+            yield f"paged_attention many tokens {size} {dtype}"
 
 
 def rope_launches(
