@@ -140,11 +140,16 @@ def attention_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
     starts = torch.empty(8, dtype=torch.int32, device="meta")
 
     def arguments(
-        tokens: int, heads: int, sizes: tuple[int, int], dtype: torch.dtype, cache: torch.dtype
+        tokens: int,
+        heads: int,
+        sizes: tuple[int, int],
+        dtype: torch.dtype,
+        cache: torch.dtype,
+        seqs: int = 7,
     ) -> tuple[Any, ...]:
         caches = [torch.empty(9, 16, heads, d, dtype=cache, device="meta") for d in sizes]
         query = torch.empty(tokens, 4 * heads, sizes[0], dtype=dtype, device="meta")
-        return (query, *caches, table, starts[1:], starts, 0.1)
+        return (query, *caches, table[:seqs], starts[1 : seqs + 1], starts[: seqs + 1], 0.1)
 
     half, heads = torch.bfloat16, torch.empty(4 * 13, device="meta")
     options = {"alibi_slopes": heads, "sinks": heads, "window": 99, "softcap": 20.0}
@@ -178,7 +183,8 @@ def attention_launches(dtypes: Sequence[torch.dtype]) -> Iterator[str]:
             yield f"paged_attention {size} {dtype}"
         for size in (128, 256) if dtype == torch.int8 else (128,):
             sizes = (size, size)
-            run(paged_attention.prepare(*arguments(700, 8, sizes, half, dtype), **scales))
+            prompt = arguments(700, 8, sizes, half, dtype, seqs=1)
+            run(paged_attention.prepare(*prompt, **scales))
             yield f"paged_attention many tokens {size} {dtype}"
 
 
