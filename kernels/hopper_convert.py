@@ -16,10 +16,9 @@ from torch_tkv.kernels.tile_list import known, load_entry, num_turns, tile_of
 # Note [Converted caches]
 # Codes, elements of 8 bits, are fetched into stages of their own, keys and values in turn: the keys
 # of a tile, then the values of the one before, which is the order in which the consumers need them.
-# Two warps make float16 of them, which is exact, and fill the ring. 1 x 8192 new tokens of 32 and 8
-# heads of 128 take 973 us of float8_e4m3fn, where the kernel that loads codes to registers and
-# multiplies them as these do takes 1920, and bfloat16 863. Four warps that load codes to registers
-# and store them as float16 took 1195 us (H200, Triton 3.6, 2026-11-30).
+# Two warps make float16 of them, which is exact, and fill the ring. Prefilling 1 x 8192 tokens of
+# 32 and 8 heads of 128 takes 979 us with float8_e4m3fn, 860 with bfloat16; the kernel for other
+# GPUs, whose products convert what they multiply, 1915 (H200, Triton 3.6, 2026-12-01).
 #
 # Scales of each token are multiplied with scores and weights. The producer stores those of a tile
 # before the tile counts as full. Nobody reads any more what it overwrites: to fetch tile s is to
