@@ -106,8 +106,8 @@ def convert(codes, cache, ring, work, COUNT: gl.constexpr, plan: gl.constexpr):
             step += 1
 
 
-# Four codes of a register become two registers. A float8_e5m2 is the upper half of a float16.
-# Flipped into the lowest bits of 1152, which is 0x6480 as a float16, an int8 is added to it.
+# Four codes of a register become two registers, neighbours side by side, where decoding wants even
+# and odd ones apart; the bits are those of Note [Pairs of elements] in attention_tiles.
 _FROM_E4M3 = gl.constexpr(
     """{
     .reg .b16 low, high;

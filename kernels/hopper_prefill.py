@@ -4,7 +4,8 @@ A program takes tiles of queries, 64 rows to each of two or three consumers of f
 warps, the producers, fetch the blocks of keys and of values into rings of shared memory, those of
 the next tile while the consumers end one. While one consumer multiplies, another takes its softmax:
 they take turns (FlashAttention-3; Shah et al., 2024). Keys are walked from the last to the first,
-so only the first tiles of keys are masked. Written in Gluon: Triton does not specialise these loops
+so only the first tiles of keys are masked. With caches of 8 bits one producer fetches both, and two
+warps convert: see hopper_convert. Written in Gluon: Triton does not specialise these loops
 on sm_90.
 """
 
@@ -24,14 +25,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from torch_tkv.kernels.attention_geometry import SIZES, Plan, query_rows, visible
-from torch_tkv.kernels.attention_result import Result, finish_rows, store_rows
+from torch_tkv.kernels.attention_result import Result
 from torch_tkv.kernels.attention_tiles import (
     LOG2E,
     Modifiers,
     modify,
     scale_of_head,
     softmax_step,
-    to_half,
 )
 from torch_tkv.kernels.hopper_convert import (
     CONVERTERS,
@@ -44,15 +44,12 @@ from torch_tkv.kernels.hopper_ring import (
     STAGES,
     Ring,
     allocate,
-    barrier,
     barriers,
     clear_unread,
     produce,
 )
+from torch_tkv.kernels.hopper_rows import ROWS, load_queries, put_queries, store_tile
 from torch_tkv.kernels.tile_list import Work, known, load_entry, num_turns, tile_of
-
-ROWS = gl.constexpr(64)  # of a consumer
-
 
 # Note [Wait for keys]
 # While a consumer takes a softmax, the tensor cores multiply its last weights with values. ptxas
@@ -119,44 +116,14 @@ def _operand(weights, DTYPE: gl.constexpr, plan: gl.constexpr):
 
 
 @gluon.jit
-def _load_query(WHICH: gl.constexpr, query, tile, plan: gl.constexpr):
-    """Return a consumer's rows of a tile of queries."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    m = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    rows = query_rows(m, tile.seq, tile.query_tile, tile.kv_head, plan)
-    dim = gl.arange(0, plan.block_d, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    row = rows.token.to(gl.int64) * query[1] + rows.head.to(gl.int64) * query[2]
-    mask = rows.inside[:, None] & (dim < plan.size)
-    return gl.load(query[0] + row[:, None] + dim, mask=mask, other=0.0)
-
-
-@gluon.jit
-def _store_query(q, loaded, plan: gl.constexpr):
-    """Put queries where the tensor cores read them, and return what they have to be scaled by."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, plan.block_n, 16])
-    power = gl.full([ROWS], 1.0, gl.float32, layout=gl.SliceLayout(1, SCORES))
-    if loaded.dtype != q.dtype:  # the caches are of 8 bits
-        # What is converted is read back: else it would be unpacked, into twice as many registers,
-        # long before, when it is loaded.
-        q.store(loaded.to(q.dtype, bitcast=True))
-        loaded = q.load(loaded.type.layout).to(loaded.dtype, bitcast=True)
-        halves, back = to_half((loaded,), plan)
-        loaded, power = halves[0], gl.convert_layout(back, power.type.layout)
-    q.store(loaded)
-    fence_async_shared()
-    barrier()
-    return power
-
-
-@gluon.jit
 def _consume(WHICH: gl.constexpr, shared, SATURATES: gl.constexpr, plan: gl.constexpr):
     """Attend 64 rows of each tile of queries to all its tiles of keys."""
     ring, turns, q_memory, query, _, _, work, result = shared
     q = q_memory.index(WHICH)
     # Of a tuple that nests others, Triton 3.6 carries some fields into the next turn, not all.
     following = known(load_entry(0, work), work, plan)
-    loaded = _load_query(WHICH, query, tile_of(following, work, plan), plan)
-    power = _store_query(q, loaded, plan)
+    loaded = load_queries(WHICH, query, tile_of(following, work, plan), plan)
+    power = put_queries(q, loaded, plan)
     _wait_keys(ring, 0, True, plan)
     scores = _start_scores(WHICH, ring, turns, q, 0, plan)
     _pass_turn(WHICH, turns, plan)
@@ -169,48 +136,8 @@ def _consume(WHICH: gl.constexpr, shared, SATURATES: gl.constexpr, plan: gl.cons
         acc, highest, total, scores, power, following = _attend_tile(
             WHICH, shared, q, scores, power, tile, ahead, done, plan
         )
-        _store(WHICH, result, acc, highest, total, tile, SATURATES, plan)
+        store_tile(WHICH, result, acc, highest, total, tile, SATURATES, plan)
         done += tile.walk.hi - tile.walk.lo
-
-
-@gluon.jit
-def _store(
-    WHICH: gl.constexpr,
-    result,
-    acc,
-    highest,
-    total,
-    tile,
-    SATURATES: gl.constexpr,
-    plan: gl.constexpr,
-):
-    """Store a consumer's rows of a tile, whole rows of 16 bytes a thread."""
-    RESULT: gl.constexpr = acc.type.layout
-    m = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, RESULT))
-    rows = query_rows(m, tile.seq, tile.query_tile, tile.kv_head, plan)
-    x, lse = finish_rows(
-        result,
-        acc,
-        gl.convert_layout(highest, gl.SliceLayout(1, RESULT))[:, None],
-        gl.convert_layout(total, gl.SliceLayout(1, RESULT))[:, None],
-        rows.head[:, None],
-        rows.inside[:, None],
-        tile.kv_head,
-        SATURATES,
-    )
-    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    m = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORED))
-    rows = query_rows(m, tile.seq, tile.query_tile, tile.kv_head, plan)
-    store_rows(
-        result,
-        gl.convert_layout(x, STORED),
-        gl.convert_layout(lse, STORED),
-        rows.token[:, None],
-        rows.head[:, None],
-        gl.arange(0, plan.block_d, layout=gl.SliceLayout(0, STORED))[None, :],
-        rows.inside[:, None],
-        plan,
-    )
 
 
 @gluon.jit
@@ -264,10 +191,10 @@ def _attend_tile(
     following = known(ahead, work, plan)
     # Where registers are enough, the next queries are loaded while these meet their keys. Heads of
     # 256 spilled: 1 x 8192 tokens of 16 and 16 heads took 4% more time, 1 x 1024 15% (H200, Triton
-    # 3.6, 2026-11-30).
+    # 3.6, 2026-12-01).
     EARLY: gl.constexpr = plan.block_d <= 128
     if EARLY:
-        loaded = _load_query(WHICH, query, tile_of(following, work, plan), plan)
+        loaded = load_queries(WHICH, query, tile_of(following, work, plan), plan)
     for step in range(above, below):
         state = _step(WHICH, state, step, *context, False, plan)
     if plan.window is not None:
@@ -275,8 +202,8 @@ def _attend_tile(
             state = _step(WHICH, state, step, *context, True, plan)
     weights, acc, highest, total = state
     if not EARLY:
-        loaded = _load_query(WHICH, query, tile_of(following, work, plan), plan)
-    power = _store_query(q, loaded, plan)
+        loaded = load_queries(WHICH, query, tile_of(following, work, plan), plan)
+    power = put_queries(q, loaded, plan)
     now, last = done + steps, done + steps - 1
     scores = _start_scores(WHICH, ring, turns, q, now, plan)
     mbarrier.wait(ring.v.full.index(last % STAGES), last // STAGES & 1)

@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from torch_tkv.kernels.tile_list import known, load_entry, num_turns, tile_of
 
 STAGES = gl.constexpr(2)
-HALF = gl.constexpr(64)  # columns of 16 bits: what one box of the TMA may be wide
 
 # Names that Gluon changed: in Triton 3.7 and in 3.9.
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
@@ -68,7 +67,7 @@ def allocate(
     """Return COUNT stages, each of which READERS have to leave before it is filled again."""
     BITS: gl.constexpr = DTYPE.primitive_bitwidth
     SLOTS: gl.constexpr = min(plan.page, plan.block_n)
-    WIDTH: gl.constexpr = min(plan.block_d, 1024 // BITS)
+    WIDTH: gl.constexpr = min(plan.block_d, 1024 // BITS)  # a box of the TMA has 128 bytes a row
     BOXES: gl.constexpr = COUNT * (plan.block_d // WIDTH) * (plan.block_n // SLOTS)
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(WIDTH * BITS // 8, BITS, 4)
     boxes = gl.allocate_shared_memory(DTYPE, [BOXES, 1, 1, SLOTS, WIDTH], LAYOUT)
@@ -99,9 +98,9 @@ def block_numbers(blocks, tile, plan: gl.constexpr):
 def fetch(cache, numbers, tile, kv_head, stages, step, COUNT: gl.constexpr, plan: gl.constexpr):
     """Fetch a tile of a cache into one of COUNT stages; block number N arrives as zeros."""
     BITS: gl.constexpr = stages.boxes.dtype.primitive_bitwidth
-    SLOTS: gl.constexpr = min(plan.page, plan.block_n)
+    SLOTS: gl.constexpr = stages.boxes.shape[3]
+    WIDTH: gl.constexpr = stages.boxes.shape[4]
     BOXES: gl.constexpr = plan.block_n // SLOTS
-    WIDTH: gl.constexpr = min(plan.block_d, 1024 // BITS)
     PARTS: gl.constexpr = plan.block_d // WIDTH
     stage = step % COUNT
     mbarrier.wait(stages.free.index(stage), (step // COUNT & 1) ^ 1)
@@ -137,18 +136,19 @@ def produce(cache, stages, work, AHEAD: gl.constexpr, plan: gl.constexpr):
 @gluon.jit
 def clear_unread(ring, step, tile, position, BEFORE: gl.constexpr, plan: gl.constexpr):
     """Zero the values from a key position on, or BEFORE it, in its block: 0 * NaN is NaN."""
-    SLOTS: gl.constexpr = min(plan.page, plan.block_n)
+    SLOTS: gl.constexpr = ring.v.boxes.shape[3]
+    WIDTH: gl.constexpr = ring.v.boxes.shape[4]
     BOXES: gl.constexpr = plan.block_n // SLOTS
-    HALVES: gl.constexpr = plan.block_d // HALF
+    PARTS: gl.constexpr = plan.block_d // WIDTH
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     slot = position - tile * plan.block_n
     if (slot < plan.block_n) & (slot % SLOTS != 0):
         mbarrier.wait(ring.v.full.index(step % STAGES), step // STAGES & 1)
         row = gl.arange(0, SLOTS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
         cleared = row < slot % SLOTS if BEFORE else row >= slot % SLOTS
-        for half in gl.static_range(HALVES):
-            box = ring.v.boxes.index(((step % STAGES) * HALVES + half) * BOXES + slot // SLOTS)
-            box = matrices(box, 1, SLOTS, HALF).index(0)
+        for part in gl.static_range(PARTS):
+            box = ring.v.boxes.index(((step % STAGES) * PARTS + part) * BOXES + slot // SLOTS)
+            box = matrices(box, 1, SLOTS, WIDTH).index(0)
             box.store(gl.where(cleared, 0.0, box.load(LAYOUT)))
         fence_async_shared()
         barrier()
