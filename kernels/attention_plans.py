@@ -140,14 +140,7 @@ def plan_merge(plan: Plan, *, tokens: int, seqs: int) -> Merge:
 
 
 def plan_prefill(
-    base: Plan,
-    device: Device,
-    *,
-    tokens: int,
-    seqs: int,
-    bits: int,
-    hopper: bool = False,
-    converts: bool = False,
+    base: Plan, device: Device, *, tokens: int, seqs: int, bits: int, hopper: bool = False
 ) -> Config:
     """Plan the prefilling of `tokens` queries; the wider of query and cache has `bits` bits."""
     decode, _ = parts(tokens, seqs)
@@ -160,7 +153,7 @@ def plan_prefill(
     block_n = min(max(16384 // row_bytes, 16), 64)
     if hopper:
         # Registers are enough for three consumers of narrow heads, of 64 rows each.
-        block_m = 192 if base.block_d == 64 and not converts else 128
+        block_m = 192 if base.block_d == 64 and not base.converts else 128
         block_n = 128 if base.block_d <= 128 else 64
     plan = base._replace(
         tile_rows=block_m,
@@ -168,7 +161,6 @@ def plan_prefill(
         block_n=block_n,
         block_b=min(triton.next_power_of_2(seqs + 1), 1024),
         max_queries=MAX_DECODED if decode else None,
-        converts=converts,
         pdl=hopper,
     )
     return Config(complete(plan), 8 if large and not hopper else 4, 3 if large else 2)

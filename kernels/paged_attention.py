@@ -201,10 +201,8 @@ class _Attention(NamedTuple):
         hopper = self._hopper(base, device)
         bits = 8 * max(self.query.element_size(), self.keys.data.element_size())
         caches = (self.keys.data, self.values.data)
-        converts = hopper is not None and caches[0].element_size() == 1
-        config = plan_prefill(
-            base, device, **self.sizes, bits=bits, hopper=hopper is not None, converts=converts
-        )
+        base = base._replace(converts=hopper is not None and caches[0].element_size() == 1)
+        config = plan_prefill(base, device, **self.sizes, bits=bits, hopper=hopper is not None)
         plan, num_warps, num_stages = config
         seqs, tokens, _, max_blocks = self.limits
         tiles = tokens * plan.group // plan.tile_rows + seqs + 1
@@ -242,7 +240,7 @@ class _Attention(NamedTuple):
     def _hopper(self, base: Plan, device: Device) -> ModuleType | None:
         """Return the module of the prefilling kernel for Hopper where it can do this."""
         caches = (self.keys.data, self.values.data)
-        together = 16 // caches[0].element_size()  # elements
+        together = 16 // caches[0].element_size()  # elements that are fetched as one
         able = (
             device.arch == 90
             and triton.__version__.startswith(_GLUON_TRITONS)
@@ -252,7 +250,6 @@ class _Attention(NamedTuple):
             and self.extra.slopes is None
             and self.extra.bias is None
             and self.query.element_size() == 2
-            and all(cache.dtype == self.query.dtype for cache in caches if together == 8)
             # A block is fetched in boxes of 8 rows or more, a power of 2, with aligned rows.
             and base.page in (8, 16, 32, 64, 128, 256)
             and all(cache.data_ptr() % 16 == 0 and min(cache.shape) > 0 for cache in caches)

@@ -723,8 +723,8 @@ def test_prefill_takes_the_tiles_that_fit_the_gpu() -> None:
         plan = plans.plan_prefill(BASE._replace(block_d=size), H200, **sizes, hopper=True).plan
         assert (plan.block_m, plan.block_n) == tile
     for size, tile in ((64, (128, 128)), (128, (128, 128)), (256, (128, 64))):
-        base = BASE._replace(block_d=size)
-        plan = plans.plan_prefill(base, H200, **sizes, hopper=True, converts=True).plan
+        base = BASE._replace(block_d=size, converts=True)
+        plan = plans.plan_prefill(base, H200, **sizes, hopper=True).plan
         assert (plan.block_m, plan.block_n, plan.converts) == (*tile, True)
     large = plans.plan_prefill(BASE, H200, **sizes)
     assert (large.plan.block_m, large.plan.block_n, large.num_warps) == (128, 64, 8)
